@@ -1,0 +1,1 @@
+"""Decision Transformers from pre-trained starting points: model, offline data, training, measures."""

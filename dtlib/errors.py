@@ -1,0 +1,63 @@
+"""The one exception that users see, and the one way to write a file that is either whole or absent."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import platformdirs
+
+
+class UserError(ValueError):
+    """Something the user can put right: one sentence says what was wrong, what was expected and what to do."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython asks an exception for this before drawing its own traceback.
+        return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]
+
+
+@contextlib.contextmanager
+def no_room(path: Path) -> Iterator[None]:
+    """Turn a full disk, or a file over the user's size limit, met while writing ``path`` into a ``UserError``."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors and HDF5 wrap the system's error: their text still carries it.
+        full = [errno.ENOSPC, errno.EFBIG, errno.EDQUOT]
+        if getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full):
+            raise UserError(f"No room to write {path}: the disk is full or a size limit was reached ({error}); "
+                            "free some space, or point DTLIB_CACHE to a larger disk, and run again.") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on any error.
+
+    Readers therefore see the old file or the whole new one, also after ``kill -9`` (which may leave a ``.writing-*``
+    file behind, never a damaged ``path``). Raises ``UserError`` when the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with no_room(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        # mkstemp makes files private to the user; give the result the usual permissions.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_root() -> Path:
+    """Folder for collected data and fine-tuning runs: ``DTLIB_CACHE`` if set, else the user's cache folder."""
+    return Path(os.environ.get("DTLIB_CACHE") or platformdirs.user_cache_dir("dtlib"))

@@ -1,0 +1,303 @@
+"""The model against transformers' own modules, and starting points against files of the hub's exact shapes."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (DecisionTransformerConfig, DecisionTransformerModel, GPT2Config, GPT2LMHeadModel, GPT2Model,
+                          ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTModel)
+
+from dtlib import model as dt
+from dtlib.errors import UserError
+
+DIMENSIONS = {"state_dim": 11, "action_dim": 3, "horizon": 50}
+
+
+def build(initialisation="random-matched", size="mini", seed=0, **options):
+    return dt.build_model(initialisation, size, seed=seed, **DIMENSIONS | options)
+
+
+def window(batch=3, context=7, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return {"states": torch.randn(batch, context, 11, generator=g, dtype=dtype),
+            "actions": torch.rand(batch, context, 3, generator=g, dtype=dtype) * 2 - 1,
+            "returns_to_go": torch.randn(batch, context, generator=g, dtype=dtype),
+            "time_steps": torch.arange(context).expand(batch, -1)}
+
+
+def copy_into_reference(ours: dt.DecisionTransformer) -> DecisionTransformerModel:
+    """transformers' Decision Transformer with our weights. It adds time before the input norm, so both norms are removed;
+    its action head is untied, so it gets the transposed embedding and no bias; it adds position row 0, so that is zeroed."""
+    config = ours.config
+    reference = DecisionTransformerModel(DecisionTransformerConfig(
+        state_dim=11, act_dim=3, hidden_size=config.n_embd, max_ep_len=DIMENSIONS["horizon"], n_layer=config.n_layer,
+        n_head=config.n_head, activation_function=config.activation_function, n_positions=64, vocab_size=1)).eval()
+    with torch.no_grad():
+        for name in ("embed_return", "embed_state", "embed_action"):
+            getattr(reference, name).load_state_dict(getattr(ours, name).state_dict())
+        reference.embed_timestep.weight.copy_(ours.embed_time.weight)
+        reference.predict_action[0].weight.copy_(ours.embed_action.weight.T)
+        reference.predict_action[0].bias.zero_()
+        reference.encoder.h.load_state_dict(ours.h.state_dict())
+        reference.encoder.ln_f.load_state_dict(ours.ln_f.state_dict())
+        reference.encoder.wpe.weight.zero_()
+    reference.embed_ln = ours.embed_ln = nn.Identity()
+    return reference
+
+
+@pytest.mark.parametrize("initialisation", ["random", "random-matched"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_equals_transformers_decision_transformer(initialisation, dtype, tolerance):
+    ours = build(initialisation).eval()
+    reference = copy_into_reference(ours)
+    ours, reference = ours.to(dtype), reference.to(dtype)
+    given = window(dtype=dtype)
+    theirs = reference(states=given["states"], actions=given["actions"], returns_to_go=given["returns_to_go"].unsqueeze(-1),
+                       timesteps=given["time_steps"]).action_preds
+    torch.testing.assert_close(ours(**given), theirs, rtol=0, atol=tolerance)
+
+
+def test_time_embedding_comes_after_the_input_norm():
+    ours, given = build(), window()
+    tokens = ours.embed(**given)
+    one = ours.embed_ln(ours.embed_state(given["states"][1, 4])) + ours.embed_time(given["time_steps"][1, 4])
+    torch.testing.assert_close(tokens[1, 3 * 4 + 1], one)
+
+
+@pytest.mark.parametrize("initialisation", ["random", "random-matched"])
+def test_right_padding_equals_left_padding_with_a_mask(initialisation):
+    ours = build(initialisation).eval()
+    real, context = 4, 7
+    given = window(context=context)
+    right = ours(**given)[:, :real]
+    # Left-padded and masked, as in the released code: padding is arbitrary numbers, and no real token may attend to it.
+    noise = window(context=context, seed=1)
+    left = {k: torch.cat([noise[k][:, :context - real], given[k][:, :real]], dim=1) for k in given}
+    mask = (torch.arange(context) >= context - real).repeat_interleave(3).expand(3, -1)
+    reference = GPT2Model(ours.config.__class__.from_dict(ours.config.to_dict() | {"n_positions": 64})).eval()
+    reference.h.load_state_dict(ours.h.state_dict())
+    reference.ln_f.load_state_dict(ours.ln_f.state_dict())
+    nn.init.zeros_(reference.wpe.weight)
+    hidden = reference(inputs_embeds=ours.embed(**left), attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(right, ours.predict_action(hidden[:, 1::3])[:, context - real:], rtol=0, atol=1e-5)
+
+
+def test_there_are_no_position_embeddings():
+    ours = build().eval()
+    assert not any("wpe" in name or "wte" in name for name in ours.state_dict())
+    given = window()
+    given["time_steps"] = torch.zeros_like(given["time_steps"])
+    # With equal time steps, exchanging two earlier steps whose tokens are all in the context changes nothing.
+    order = torch.tensor([1, 0, 2, 3, 4, 5, 6])
+    moved = {name: value[:, order] for name, value in given.items()}
+    one_block = build(size="mini").eval()
+    one_block.h = one_block.h[:1]
+    torch.testing.assert_close(one_block(**given)[:, 2:], one_block(**moved)[:, 2:], rtol=0, atol=1e-5)
+
+
+def test_actions_depend_on_the_past_only():
+    ours, given = build().eval(), window()
+    changed = {k: v.clone() for k, v in given.items()}
+    changed["actions"][:, 3] += 1  # a_3 itself and all that follows
+    changed["states"][:, 4:] += 1
+    before, after = ours(**given), ours(**changed)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4], after[:, 4])
+
+
+def test_gradients_flow_where_they_should_and_nowhere_else():
+    ours, given = build(residual_dropout=0.0), window(context=5)
+    given = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in given.items()}
+    ours(**given)[:, 3].sum().backward()
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    rows = ours.embed_time.weight.grad.abs().sum(1) > 0
+    assert rows[:4].all() and not rows[4:].any()
+    assert given["states"].grad[:, :4].abs().sum(-1).all() and not given["states"].grad[:, 4:].any()
+    assert given["actions"].grad[:, :3].abs().sum(-1).all() and not given["actions"].grad[:, 3:].any()
+    assert given["returns_to_go"].grad[:, :4].all() and not given["returns_to_go"].grad[:, 4:].any()
+
+
+def test_released_random_and_its_matched_control():
+    released, matched = build("random"), build("random-matched")
+    assert (released.config.n_head, released.config.activation_function) == (1, "relu")
+    assert (matched.config.n_head, matched.config.activation_function) == (4, "gelu_new")
+    assert (released.config.resid_pdrop, released.config.attn_pdrop, released.config.embd_pdrop) == (0.2, 0.1, 0.1)
+
+
+def test_block_parameters_at_the_papers_size():
+    with torch.device("meta"):
+        model = dt.DecisionTransformer(11, 3, 1000, GPT2Config(n_layer=12, n_embd=768, n_head=1, vocab_size=1, n_positions=1))
+    assert round(sum(p.numel() for p in model.h.parameters()) / 1e6, 1) == 85.1
+
+
+def test_same_seed_same_weights_and_global_generator_untouched():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second, other = build(seed=1), build(seed=1), build(seed=2)
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.h[0].attn.c_attn.weight, other.h[0].attn.c_attn.weight)
+
+
+def test_description_rebuilds_the_architecture(tmp_path):
+    ours = build().eval()
+    save_file(ours.state_dict(), tmp_path / "m.safetensors")
+    again = dt.DecisionTransformer.from_description(json.loads(json.dumps(ours.description()))).eval()
+    dt.load_checkpoint(again, tmp_path / "m.safetensors")
+    assert torch.equal(ours(**window()), again(**window()))
+
+
+# --- files of the hub's shape -----------------------------------------------------------------------------------------
+
+GPT2_TRUE = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+IMAGEGPT_TRUE = {"n_layer": 24, "n_embd": 512, "n_head": 8, "vocab_size": 513, "n_positions": 1024}
+
+
+def hub_folder(path, kind):
+    """A folder of exactly ``gpt2``'s or ``openai/imagegpt-small``'s tensors, random values: made by transformers.
+
+    The hub's gpt2 has bare names and stores each block's causal mask; its imagegpt-small has the language-model class's
+    prefix, its masks, and the scalar that fills them.
+    """
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model = GPT2Model(GPT2Config(**GPT2_TRUE))
+        tensors = dict(model.state_dict())
+        tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for i in range(12)}
+    else:
+        model = ImageGPTForCausalImageModeling(ImageGPTConfig(**IMAGEGPT_TRUE))
+        nn.init.normal_(model.transformer.ln_f.weight)
+        tensors = dict(model.state_dict())
+        for i in range(24):
+            tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 1024, 1024, dtype=torch.uint8).tril()
+            tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    path.mkdir()
+    (path / "config.json").write_text(model.config.to_json_string())
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    return hub_folder(tmp_path_factory.mktemp("hub") / "gpt2", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def imagegpt_folder(tmp_path_factory):
+    return hub_folder(tmp_path_factory.mktemp("hub") / "imagegpt", "imagegpt")
+
+
+def hub_model(folder):
+    """Load what ``build_model`` would, and say which tensors went where."""
+    model = build(str(folder), "gpt2" if folder.name == "gpt2" else "imagegpt-small")
+    return model, dt.load_blocks(model, folder)
+
+
+def test_true_gpt2_folder_loads(gpt2_folder):
+    model, fate = hub_model(gpt2_folder)
+    assert len(fate["kept"]) == 12 * 12 + 2 and fate["new"] == []
+    assert sorted(fate["left_out"]) == sorted(["wte.weight", "wpe.weight", *(f"h.{i}.attn.bias" for i in range(12))])
+    reference = GPT2Model.from_pretrained(gpt2_folder).eval()
+    nn.init.zeros_(reference.wpe.weight)
+    tokens = torch.randn(2, 9, 768)
+    torch.testing.assert_close(model.eval().hidden(tokens), reference(inputs_embeds=tokens).last_hidden_state, rtol=0, atol=1e-5)
+    assert (model.config.n_head, model.config.activation_function) == (12, "gelu_new")
+
+
+def test_true_imagegpt_folder_in_its_own_architecture(imagegpt_folder):
+    model, fate = hub_model(imagegpt_folder)
+    assert len(fate["kept"]) == 24 * 10 + 1 and fate["new"] == []
+    assert len(fate["left_out"]) == 3 + 2 * 24
+    reference = ImageGPTModel.from_pretrained(imagegpt_folder).eval()
+    nn.init.zeros_(reference.wpe.weight)
+    tokens = torch.randn(2, 9, 512)
+    torch.testing.assert_close(model.eval().hidden(tokens), reference(inputs_embeds=tokens).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_true_imagegpt_folder_poured_into_gpt2_blocks(imagegpt_folder, monkeypatch):
+    monkeypatch.setitem(dt.INITIALISATIONS, "igpt", dt.Initialisation(weights=str(imagegpt_folder)))
+    poured = build("igpt", "imagegpt-small").eval()
+    fate = dt.load_blocks(poured, imagegpt_folder)
+    assert sorted(fate["new"]) == sorted(["ln_f.bias", *(f"h.{i}.ln_{j}.bias" for i in range(24) for j in (1, 2))])
+    assert len(fate["new"]) == 49 and len(fate["kept"]) == 24 * 10 + 1
+    assert all((poured.get_parameter(name) == 0).all() for name in fate["new"])
+    assert (poured.config.n_head, poured.config.activation_function) == (8, "quick_gelu")
+    native = build(str(imagegpt_folder), "imagegpt-small").eval()
+    for name in fate["kept"]:
+        assert torch.equal(poured.get_parameter(name), native.get_parameter(name)), name
+    # The same numbers in another norm are another function.
+    tokens = torch.randn(2, 9, 512) + 0.5
+    assert (poured.hidden(tokens) - native.hidden(tokens)).abs().max() > 0.01
+
+
+def small_folder(path, change=lambda tensors: None, **config):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=128, n_head=4, vocab_size=10, n_positions=8, **config))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    change(tensors)
+    path.mkdir()
+    (path / "config.json").write_text(model.config.to_json_string())
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda t: t.pop("transformer.h.1.ln_2.bias"), "h.1.ln_2.bias is missing"),
+    (lambda t: t.update(extra=torch.zeros(1)), "extra is unexpected"),
+    (lambda t: t.update({"transformer.ln_f.weight": torch.zeros(3)}), "ln_f.weight has shape (3,)"),
+])
+def test_weights_that_do_not_fit_their_config(tmp_path, change, says):
+    folder = small_folder(tmp_path / "m", change)
+    with pytest.raises(UserError) as error:
+        build(str(folder))
+    assert says in str(error.value)
+
+
+def test_any_gpt2_folder_with_the_language_model_prefix(tmp_path):
+    model = build(str(small_folder(tmp_path / "m", activation_function="relu")))
+    assert model.config.activation_function == "relu"
+
+
+def test_pickled_truncated_and_absent_weights(tmp_path):
+    folder = small_folder(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (pickle.dumps({"wte.weight": [1.0]}), whole[:len(whole) // 2], b""):
+        weights.write_bytes(content)
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            build(str(folder))
+    weights.unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        build(str(folder))
+
+
+def test_unknown_names_wrong_sizes_and_foreign_architectures(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="random-matched"):
+        build("gpt3")
+    with pytest.raises(UserError, match="mini"):
+        build(size="huge")
+    folder = small_folder(tmp_path / "m")
+    with pytest.raises(UserError, match="choose the size"):
+        build(str(folder), "gpt2")
+    monkeypatch.setitem(dt.INITIALISATIONS, "wrong", dt.Initialisation(weights=str(folder), carrier="imagegpt"))
+    with pytest.raises(UserError, match="cannot carry"):
+        build("wrong")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="'bert'"):
+        build(str(folder))
+
+
+def test_hub_without_a_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("unreachable")))
+    with pytest.raises(UserError, match="openai-community/gpt2.*folder"):
+        build("gpt2", "gpt2")
+
+
+def test_checkpoint_of_another_architecture(tmp_path):
+    save_file(build("random", "chibit").state_dict(), tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="another architecture"):
+        dt.load_checkpoint(build(), tmp_path / "m.safetensors")
