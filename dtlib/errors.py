@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something the user can put right: one sentence says what was wrong, what was expected and what to do."""
 
     def _render_traceback_(self) -> list[str]:

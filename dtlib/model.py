@@ -202,31 +202,32 @@ def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]
 
 
 def build_model(initialisation: str, size: str, *, state_dim: int, action_dim: int, horizon: int, seed: int,
-                residual_dropout: float = 0.2, attention_dropout: float = 0.1, embedding_dropout: float = 0.1) -> DecisionTransformer:
+                residual_dropout: float = 0.2, attention_dropout: float = 0.1, embedding_dropout: float = 0.1,
+                time_embedding_std: float = 1.0) -> DecisionTransformer:
     """A Decision Transformer at its starting point, float32, on the CPU, in training mode; the same for the same seed.
 
-    size: a name in ``SIZES``; pre-trained weights must have it. Raises UserError for unknown names and unfit files.
+    All layers but the blocks start as torch's defaults, for the time-step table a standard normal [code]. Added after the
+    input norm it is as large as all else, which long training overcomes; ``time_embedding_std`` shrinks it for short runs.
+
+    size: a name in ``SIZES``, of random weights; pre-trained ones bring theirs. Raises UserError for unknown names and
+    unfit files.
     """
     row = get_initialisation(initialisation)
     if size not in SIZES:
         raise UserError(f"Unknown size {size!r}: expected one of {', '.join(SIZES)}.")
-    wanted = SIZES[size]
     dropout = {"resid_pdrop": residual_dropout, "attn_pdrop": attention_dropout, "embd_pdrop": embedding_dropout}
     # No word or position table is used: one row each keeps the carrier's constructor happy at no cost. ImageGPT's
     # blocks take the size of their causal mask from n_positions.
     plain = {"vocab_size": 1, "n_positions": 1 if row.carrier == "gpt2" else 1024, "use_cache": False,
              "bos_token_id": None, "eos_token_id": None, **dropout}
     if row.weights is None:
-        plain |= {"n_layer": wanted.blocks, "n_embd": wanted.width, "n_head": row.heads or wanted.heads,
+        plain |= {"n_layer": SIZES[size].blocks, "n_embd": SIZES[size].width, "n_head": row.heads or SIZES[size].heads,
                   "activation_function": row.activation}
     else:
         folder = weights_folder(row.weights)
         given = read_config(folder)
         if row.carrier == "imagegpt" and given["model_type"] != "imagegpt":
             raise UserError(f"{folder} holds a {given['model_type']!r} model, which ImageGPT blocks cannot carry.")
-        if (given["n_layer"], given["n_embd"]) != (wanted.blocks, wanted.width):
-            raise UserError(f"{initialisation!r} has {given['n_layer']} blocks of width {given['n_embd']}, but size {size!r} "
-                            f"means {wanted.blocks} of {wanted.width}: choose the size that fits its weights.")
         kept = ("n_layer", "n_embd", "n_head", "n_inner", "activation_function", "layer_norm_epsilon", "initializer_range",
                 "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
         plain |= {key: given[key] for key in kept if key in given}
@@ -234,6 +235,7 @@ def build_model(initialisation: str, size: str, *, state_dim: int, action_dim: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "weights"))
         model = DecisionTransformer(state_dim, action_dim, horizon, backbone)
+        nn.init.normal_(model.embed_time.weight, std=time_embedding_std)
     if row.weights is not None:
         load_blocks(model, folder)
     return model

@@ -1,0 +1,100 @@
+"""One style for all figures, and one way to keep a figure together with its numbers."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from dtlib.errors import UserError, atomic_write
+
+# Colour, marker, line style; the colours of the first three are paper A's, and all can be told apart without colour.
+STYLES: dict[str, tuple[tuple[float, float, float], str, str]] = {
+    "gpt2": ((0.372, 0.537, 0.537), "o", "-"),
+    "igpt": ((0.627, 0.352, 0.470), "s", "-"),
+    "random": ((0.733, 0.737, 0.870), "^", "-"),
+    "random-matched": ((0.275, 0.290, 0.565), "v", "--"),
+    "igpt-native": ((0.878, 0.545, 0.325), "D", "--"),
+    "data": ((0.25, 0.25, 0.25), "", ":"),
+}
+COLOURS = {name: style[0] for name, style in STYLES.items()}
+
+
+def repository() -> Path:
+    """The repository's root: from the current folder up, the first one with pyproject.toml and notebooks/."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
+            return folder
+    raise UserError(f"{Path.cwd()} is not inside the repository: go to the folder with pyproject.toml and notebooks/.")
+
+
+def use_style() -> None:
+    """Set the style for this process: legible when the figure fills half a page, no box, no overlap."""
+    plt.rcParams.update({
+        "figure.figsize": (5.0, 3.4), "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.edgecolor": "none", "legend.fontsize": 9,
+        "axes.prop_cycle": plt.cycler(color=list(COLOURS.values())), "lines.markersize": 5, "pdf.fonttype": 42})
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean of ``values`` (seeds, ...) over seeds and its 95 % percentile-bootstrap interval: mean, low, high: (...).
+
+    One seed gives NaN ends. Few seeds give too narrow an interval: three give their range, which holds the centre of
+    a symmetric distribution 75 times in 100.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    seeds, mean = len(values), values.mean(axis=0)
+    # How often each of 10,000 resamples draws each seed: one product gives all their means at once.
+    draws = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=10_000)
+    ends = np.percentile(draws / seeds @ values.reshape(seeds, -1), [2.5, 97.5], axis=0).reshape(2, *mean.shape)
+    return mean, *(ends if seeds > 1 else ends * np.nan)
+
+
+def band(ax: plt.Axes, x: np.ndarray, values: np.ndarray, label: str, colour: object = None) -> None:
+    """Draw ``values`` (seeds, points) over ``x`` (points,): their mean, its 95 % interval, each seed as a thin line.
+
+    A ``label`` in ``STYLES`` brings its marker and line style, and its colour unless another is given.
+    """
+    known, marker, line = STYLES.get(label, (None, "", "-"))
+    mean, low, high = interval(values)
+    (drawn,) = ax.plot(x, mean, line, color=colour or known, marker=marker, label=label, markevery=max(1, len(x) // 8))
+    ax.plot(x, np.transpose(values), line, color=drawn.get_color(), linewidth=0.6, alpha=0.5)
+    ax.fill_between(x, low, high, color=drawn.get_color(), alpha=0.25, linewidth=0)
+
+
+class Output:
+    """A notebook's results, in ``figures/<profile>/<notebook>`` (or ``DTLIB_FIGURES`` in the place of ``figures``)."""
+
+    def __init__(self, profile: str, notebook: str):
+        self.profile = profile
+        self.folder = Path(os.environ.get("DTLIB_FIGURES") or repository() / "figures") / profile / notebook
+
+    def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:
+        """Write ``name``.png (200 dpi), .pdf and .csv (the numbers shown): the same bytes for the same figure."""
+        for suffix in ("png", "pdf"):
+            with atomic_write(self.folder / f"{name}.{suffix}") as path:  # without the date that a PDF would carry
+                figure.savefig(path, dpi=200, metadata={"CreationDate": None} if suffix == "pdf" else None)
+        with atomic_write(self.folder / f"{name}.csv") as path:
+            table.to_csv(path, index=False, lineterminator="\n")
+
+    def record(self, results: dict) -> None:
+        """Write results.json: ``results`` (numbers at full precision, NaN as null), the profile, the versions."""
+        versions = {name: version(name) for name in ("torch", "transformers", "gymnasium", "mujoco", "numpy")}
+        about = {"profile": self.profile, "overrides": json.loads(os.environ.get("DTLIB_OVERRIDES", "{}")),
+                 "versions": {"python": platform.python_version(), **versions}}
+        with atomic_write(self.folder / "results.json") as path:
+            path.write_text(json.dumps(_plain({**results, **about}), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def _plain(value: object) -> object:
+    """``value`` as JSON knows it: lists for arrays, null for NaN and infinity."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,26 @@
+"""Shared by the tests: a cache of their own, and real Hopper data collected into it once."""
+
+import os
+
+import pytest
+
+from dtlib.collect import collect
+from dtlib.tasks import get_task
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """No test reads or writes the user's cache; child processes inherit the variable."""
+    folder = tmp_path_factory.mktemp("cache")
+    previous = os.environ.get("DTLIB_CACHE")
+    os.environ["DTLIB_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("DTLIB_CACHE")
+    if previous is not None:
+        os.environ["DTLIB_CACHE"] = previous
+
+
+@pytest.fixture(scope="session")
+def hopper_file(cache):
+    """A few hundred episodes of uniformly random actions in the real environment, in D4RL's layout."""
+    return collect(get_task("hopper"), "random", 3000, seed=0, progress=False)

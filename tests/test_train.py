@@ -1,0 +1,111 @@
+"""The loop against an independent one, its loss against a hand count."""
+
+import pytest
+import torch
+
+from dtlib import data, train
+from dtlib.model import build_model
+from dtlib.tasks import get_task
+
+
+@pytest.fixture(scope="module")
+def sampler(hopper_file):
+    return data.WindowSampler(data.load(str(hopper_file), get_task("hopper")), 5, 1000.0)
+
+
+def build(**options):
+    return build_model("random-matched", "chibit", state_dim=11, action_dim=3, horizon=1000, seed=0, **options)
+
+
+NO_DROPOUT = {"residual_dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
+
+
+def draw(sampler, steps, batch):
+    return torch.randint(sampler.number_of_steps, (steps, batch), generator=torch.Generator().manual_seed(0))
+
+
+def test_loss_is_the_mean_over_real_steps_and_action_dimensions():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    windows = data.Windows(torch.zeros(2, 3, 1), torch.zeros(2, 3, 2), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long), mask)
+    predicted = torch.tensor([[[1.0, 3.0], [2.0, 0.0], [9.0, 9.0]], [[0.0, 1.0], [9.0, 9.0], [9.0, 9.0]]])
+    assert train.action_loss(predicted, windows).item() == pytest.approx((1 + 9 + 4 + 0 + 0 + 1) / 6)
+
+
+def test_epoch_equals_a_plain_loop(sampler):
+    """Twenty steps of warm-up, clipping and AdamW, written again with torch's unfused optimiser and scheduler."""
+    starts = draw(sampler, 20, 8)
+    ours, plain = build(**NO_DROPOUT), build(**NO_DROPOUT)
+    optimiser = train.make_optimiser(ours, 1e-3, 1e-4, 1e-8)
+    loss = train.train_epoch(ours, optimiser, sampler, starts, first_step=0, learning_rate=1e-3, warmup_steps=10, gradient_clip=0.25)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4, foreach=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: min((step + 1) / 10, 1))
+    losses = []
+    for row in starts:
+        windows = sampler.windows(row)
+        predicted = plain(windows.states, windows.actions, windows.returns_to_go, windows.time_steps)
+        error = torch.nn.functional.mse_loss(predicted[windows.mask], windows.actions[windows.mask])
+        losses.append(error.item())
+        reference.zero_grad()
+        error.backward()
+        norm = torch.stack([p.grad.norm() for p in plain.parameters()]).norm()
+        for p in plain.parameters():
+            p.grad *= min(1.0, 0.25 / (norm.item() + 1e-6))
+        reference.step()
+        schedule.step()
+    assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert losses[-1] < losses[0]
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4, msg=name)
+
+
+def test_clipping_binds_and_none_switches_it_off(sampler):
+    starts = draw(sampler, 1, 8)
+    norms = {}
+    for clip in (0.01, None):
+        model = build(**NO_DROPOUT)
+        train.train_epoch(model, train.make_optimiser(model, 1e-3, 0.0, 1e-8), sampler, starts, first_step=0,
+                          learning_rate=1e-3, warmup_steps=1, gradient_clip=clip)
+        norms[clip] = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert norms[0.01] == pytest.approx(0.01, rel=1e-3) and norms[None] > 0.05
+
+
+def test_action_error_ignores_dropout_and_batching(sampler):
+    model, starts = build(), draw(sampler, 1, 100)[0]
+    errors = {train.action_error(model, sampler, starts, batch) for batch in (100, 7)}
+    assert max(errors) - min(errors) < 1e-6
+    windows = sampler.windows(starts)
+    expected = train.action_loss(train.predict(model.eval(), windows), windows).item()
+    assert errors.pop() == pytest.approx(expected, abs=1e-6)
+
+
+def loss_curve(sampler, model, precision="float32"):
+    starts, optimiser = draw(sampler, 60, 16), train.make_optimiser(model, 1e-3, 1e-4, 1e-8)
+    return torch.tensor([train.train_epoch(model, optimiser, sampler, part, first_step=10 * i, learning_rate=1e-3, warmup_steps=10,
+                                           gradient_clip=0.25, precision=precision) for i, part in enumerate(starts.split(10))])
+
+
+def test_bfloat16_follows_float32(sampler):
+    full, half = loss_curve(sampler, build(**NO_DROPOUT)), loss_curve(sampler, build(**NO_DROPOUT), "bfloat16")
+    assert full[-1] < 0.9 * full[0]
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0)
+    assert not torch.equal(half, full)
+
+
+def test_compiled_follows_eager(sampler):
+    eager, compiled = build(**NO_DROPOUT), build(**NO_DROPOUT)
+    torch.testing.assert_close(loss_curve(sampler, torch.compile(compiled)), loss_curve(sampler, eager), rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+def test_cuda_follows_the_cpu(sampler, hopper_file):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA card")
+    on_card = data.WindowSampler(data.load(str(hopper_file), get_task("hopper")), 5, 1000.0, "cuda")
+    starts = draw(sampler, 50, 16)
+    curves = {}
+    for device, windows in (("cpu", sampler), ("cuda", on_card)):
+        model = build(**NO_DROPOUT).to(device)
+        optimiser = train.make_optimiser(model, 1e-3, 1e-4, 1e-8)
+        curves[device] = torch.tensor([train.train_epoch(model, optimiser, windows, part.to(device), first_step=i, learning_rate=1e-3,
+                                                         warmup_steps=10, gradient_clip=0.25) for i, part in enumerate(starts.split(1))])
+    torch.testing.assert_close(curves["cuda"], curves["cpu"], rtol=0.01, atol=0)
