@@ -1,4 +1,4 @@
-"""Run the notebooks with papermill: check everything first, stop at the first failing cell, leave no stale figure."""
+"""Run the notebooks with papermill: check all first, use this interpreter, stop at a failing cell, leave no stale figure."""
 
 import ast
 import contextlib
@@ -8,11 +8,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
 import nbformat
+from ipykernel.kernelspec import write_kernel_spec
+from pydantic import TypeAdapter, ValidationError
 
 from dtlib.errors import UserError, no_room
 from dtlib.plots import repository
@@ -21,19 +22,19 @@ from dtlib.profiles import PROFILES, missing
 
 def convert(name: str, value: object, default: object) -> object:
     """``value`` in the type of ``default`` (None: any): ints pass for floats, text is read, a list's also bare."""
-    read = value
-    if isinstance(value, str) and not isinstance(default, str):
+    if default is None:
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            read = ast.literal_eval(value.capitalize() if value.lower() in ("true", "false") else value)
-        if isinstance(default, list) and not isinstance(read, (list, tuple)):
-            read = [item.strip(" '\"") for item in value.strip(" []()").split(",")]
-    if isinstance(default, list) and isinstance(read, (list, tuple)):
-        return [convert(name, item, default[0]) if default else item for item in read]
-    if type(default) is float and type(read) is int:
-        return float(read)
-    if default is not None and type(read) is not type(default):
-        raise UserError(f"Parameter {name} got {value!r}: expected {type(default).__name__}, such as {default!r}.")
-    return read
+            return ast.literal_eval(value)
+        return value
+    if isinstance(default, list) and isinstance(value, str) and value:
+        value = [item.strip(" '\"") for item in value.strip(" []()").split(",") if item.strip()]
+    if isinstance(default, list) and isinstance(value, (list, tuple)):
+        return [convert(name, item, default[0] if default else None) for item in value]
+    try:
+        adapter = TypeAdapter(type(default))
+        return adapter.validate_strings(value) if isinstance(value, str) else adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        raise UserError(f"Parameter {name} got {value!r}: expected {type(default).__name__}, such as {default!r}.") from error
 
 
 def defaults(notebook: nbformat.NotebookNode, name: str) -> dict[str, object]:
@@ -42,8 +43,7 @@ def defaults(notebook: nbformat.NotebookNode, name: str) -> dict[str, object]:
         (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
         return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
     except (ValueError, SyntaxError, AttributeError) as error:
-        raise UserError(f"Notebook {name} needs one cell tagged 'parameters' with nothing but lines such as "
-                        f"seeds = [0, 1] ({error}).") from error
+        raise UserError(f"Notebook {name} needs one cell tagged 'parameters' of lines like epochs = 3 ({error}).") from error
 
 
 def find(folder: Path, wanted: list[str] | None) -> list[Path]:
@@ -61,14 +61,12 @@ def plan(folder: Path, profile: str, wanted: list[str] | None, overrides: dict[s
     """What to run: (path, notebook, all its parameters), checked. An override must be a parameter of some notebook."""
     if profile not in PROFILES:
         raise UserError(f"Unknown profile {profile!r}: the profiles are {', '.join(PROFILES)}.")
-    jobs, known = [], set()
+    jobs, known, wishes = [], set(), {**PROFILES[profile], **overrides, "profile": profile}
     for path in find(folder, wanted):
         notebook = nbformat.read(path, as_version=4)
         values = defaults(notebook, path.stem)
         known |= set(values) - {"profile"}
-        for name, value in {**PROFILES[profile], **overrides, "profile": profile}.items():
-            if name in values:
-                values[name] = convert(name, value, values[name])
+        values |= {name: convert(name, wishes[name], values[name]) for name in values if name in wishes}
         jobs.append((path, notebook, values))
     if unknown := [name for name in overrides if name not in known]:
         raise UserError(f"Unknown parameter {unknown[0]!r}: the parameters are {', '.join(sorted(known))}.")
@@ -77,54 +75,34 @@ def plan(folder: Path, profile: str, wanted: list[str] | None, overrides: dict[s
     return jobs
 
 
-@contextlib.contextmanager
-def kernel_environment(**variables: str) -> Iterator[None]:
-    """``variables`` for kernels, and ``python3`` as this very interpreter, whatever kernels the user has installed."""
-    with tempfile.TemporaryDirectory() as folder:
-        spec = Path(folder, "kernels", "python3", "kernel.json")
-        spec.parent.mkdir(parents=True)
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
-        spec.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
-        variables["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
-        with patch.dict(os.environ, variables):  # and back again afterwards
-            yield
-
-
-def execute(path: Path, notebook: nbformat.NotebookNode, values: dict[str, object], root: Path, folder: Path) -> float:
-    """Run a notebook in ``root``, see that what it promises is new in ``folder``, and return the seconds it took."""
+def run(profile: str, notebooks: list | None = None, overrides: dict | None = None, figures: str = "figures") -> dict:
+    """Run ``notebooks`` (numbers or names, default all) into ``figures``; print and return each one's seconds."""
     import papermill  # slow to import
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its own reader of parameter cells warns wrongly
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # echoes each Ctrl-C at length
-    began, copy = time.time(), folder / "executed.ipynb"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with no_room(copy):
-            papermill.execute_notebook(notebook, str(copy).replace("{", "{{").replace("}", "}}"), values, cwd=root,
-                                       kernel_name="python3", language="python", progress_bar={"desc": path.stem},
-                                       stderr_file=sys.stderr)  # progress inside a cell
-    except papermill.PapermillExecutionError as error:
-        first, last = error.source.strip().splitlines()[0], error.evalue.strip().rpartition("\n")[-1]
-        raise UserError(f"Notebook {path.stem} failed in cell [{error.exec_count}] ({first}): {error.ename}: {last} "
-                        f"(the whole traceback is in {copy})") from error
-    except RuntimeError as error:  # the kernel died
-        raise UserError(f"Notebook {path.stem} stopped: {error}, perhaps for lack of memory; see {copy}.") from error
-    figures = notebook.metadata.get("dtlib", {}).get("figures", [])
-    for name in [*(f"{figure}.{end}" for figure in figures for end in ("png", "pdf", "csv")), "results.json"]:
-        if not (folder / name).exists() or (folder / name).stat().st_mtime < began:
-            raise UserError(f"Notebook {path.stem} ended without writing {folder / name}, which it promises.")
-    return time.time() - began
-
-
-def run(profile: str, notebooks: list[str] | None = None, overrides: dict[str, object] | None = None,
-        figures: str | Path = "figures") -> dict[str, float]:
-    """Run ``notebooks`` (numbers or names; all by default) into ``figures``; print and return the seconds of each.
-
-    UserError: what ``plan`` objects to, before anything runs, and the first notebook that fails."""
     root, seconds, overrides = repository(), {}, overrides or {}
     for path, notebook, values in plan(root / "notebooks", profile, notebooks, overrides):
-        chosen = json.dumps({name: values[name] for name in overrides if name in values})
-        with kernel_environment(DTLIB_FIGURES=str(root / figures), DTLIB_OVERRIDES=chosen):
-            seconds[path.stem] = execute(path, notebook, values, root, root / figures / profile / path.stem)
-    rows = {**seconds, "total": sum(seconds.values())}
-    print("\n".join(f"{name:<32}{value:>9.1f} s" for name, value in rows.items()))
+        began, folder = time.time(), root / figures / profile / path.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        copy, chosen = folder / "executed.ipynb", {name: values[name] for name in overrides if name in values}
+        variables = {"DTLIB_FIGURES": str(root / figures), "DTLIB_OVERRIDES": json.dumps(chosen)}
+        try:
+            with tempfile.TemporaryDirectory() as home, patch.dict(os.environ, variables, JUPYTER_PATH=home), no_room(copy):
+                write_kernel_spec(Path(home, "kernels", "python3"), extra_arguments=["--log-level=ERROR"])  # this interpreter
+                papermill.execute_notebook(notebook, str(copy).replace("{", "{{").replace("}", "}}"), values, cwd=root,
+                                           kernel_name="python3", language="python", progress_bar={"desc": path.stem},
+                                           stderr_file=sys.stderr)  # progress inside a cell
+        except papermill.PapermillExecutionError as error:
+            first, last = error.source.strip().splitlines()[0], error.evalue.strip().rpartition("\n")[-1]
+            raise UserError(f"Notebook {path.stem} failed in cell [{error.exec_count}] ({first}): {error.ename}: {last} "
+                            f"(the whole traceback is in {copy})") from error
+        except RuntimeError as error:  # the kernel died
+            raise UserError(f"Notebook {path.stem} stopped: {error}, perhaps for lack of memory; see {copy}.") from error
+        promised = notebook.metadata.get("dtlib", {}).get("figures", [])
+        for file in [*(folder / f"{f}.{end}" for f in promised for end in ("png", "pdf", "csv")), folder / "results.json"]:
+            if not file.exists() or file.stat().st_mtime < began:
+                raise UserError(f"Notebook {path.stem} ended without writing {file}, which it promises.")
+        seconds[path.stem] = time.time() - began
+    for name, value in {**seconds, "total": sum(seconds.values())}.items():
+        print(f"{name:<32}{value:>9.1f} s")
     return seconds

@@ -1,25 +1,21 @@
 """Offline data made here: the shipped policies act in the real environments, into a file in D4RL's layout.
 
-``dtlib/policies/<task>`` holds the actors of one soft actor-critic, saved along its training (``<step>.safetensors``),
-its learning curve (``curve.csv``) and which of them make which data set (``policies.json``).
+``policies/<task>``: actors saved along a soft actor-critic's training, its curve.csv, and which make what (policies.json).
 """
 
-import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium
 import h5py
 import mujoco
 import numpy as np
-from filelock import FileLock
 from safetensors.numpy import load_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from dtlib.errors import UserError, atomic_write, cache_root
+from dtlib.errors import UserError, atomic_write, cache_root, locked
 from dtlib.tasks import Task
 
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
@@ -47,17 +43,6 @@ def act(weights: Weights, states: np.ndarray, noise: np.ndarray) -> np.ndarray:
     return np.tanh(linear("mean", hidden) + spread * noise.reshape(spread.shape)).reshape(noise.shape)
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold ``path``'s lock against other processes and leave no lock file (filelock retries when one vanishes)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock") as lock:
-        try:
-            yield
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-
-
 def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool = True) -> Path:
     """The HDF5 file with ``steps`` steps of ``quality``, made on first use; the same arguments give the same bytes.
 
@@ -73,8 +58,7 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
     with locked(out):
         if out.exists():
             return out
-        environments = [task.make_environment() for _ in range(LOCKSTEP)]
-        parts: list[Episode] = []
+        environments, parts = [task.make_environment() for _ in range(LOCKSTEP)], []
         with tqdm(desc=f"collecting {task.name} {quality}", total=steps, unit=" steps", disable=not progress) as bar:
             for done, path in enumerate(policies, 1):
                 share = steps * done // len(policies) - sum(len(part["rewards"]) for part in parts)
@@ -101,14 +85,12 @@ def _policies(task: Task, quality: str) -> list[Path | None]:
 
 
 def _episodes(environments: list[gymnasium.Env], weights: Weights, seed: int, steps: int, bar: tqdm) -> list[Episode]:
-    """Whole episodes 0, 1, 2, … until they make ``steps``. Episode i depends on the policy, ``seed`` and i alone.
-
-    A free environment takes the next number. What has started runs to its end: short episodes are not favoured.
-    """
+    """Whole episodes 0, 1, 2, … until they make ``steps``; episode i depends on the policy, ``seed`` and i alone."""
     states = np.zeros((LOCKSTEP, *environments[0].observation_space.shape), np.float32)
     noise = np.zeros((LOCKSTEP, width := environments[0].action_space.shape[0]), np.float32)
     episodes, running, taken = [], {}, 0
     while running or taken < steps:
+        # A free environment takes the next number. What has started runs to its end: short episodes are not favoured.
         for slot, environment in enumerate(environments):
             if slot not in running and taken < steps:
                 generator = np.random.default_rng([seed, len(episodes)])

@@ -3,11 +3,11 @@
 import contextlib
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
 
 
 class UserError(Exception):
@@ -36,26 +36,37 @@ def no_room(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` on success, remove it on any error.
 
-    Readers therefore see the old file or the whole new one, also after ``kill -9`` (which may leave a ``.writing-*``
-    file behind, never a damaged ``path``). Raises ``UserError`` when the disk is full.
+    ``path`` is the old file or the whole new one, even after ``kill -9``, which may leave a ``.writing-*`` file beside it.
+    Raises ``UserError`` when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         with no_room(path):
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-        # mkstemp makes files private to the user; give the result the usual permissions.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold ``path``'s lock against other processes and leave no lock file (filelock retries when one vanishes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is making {path.name}: waiting for it.", flush=True)
+        held = lock.acquire()
+    with held:
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def cache_root() -> Path:

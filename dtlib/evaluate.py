@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
 
@@ -23,10 +22,9 @@ def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, stat
             episodes: int, context: int, seed: int, first_episode: int = 0, horizon: int | None = None) -> Episodes:
     """Let the model act in ``episodes`` episodes at once, each asked for ``target_return`` (papers A and B, evaluation).
 
-    Start at R̂ = target/scale, subtract reward/scale each step, show the model the last ``context`` steps, execute its
-    action (clipped to the environment's range by the environment's own actuators). Episode e resets from the stream
-    (seed, "evaluation", first_episode + e), so its start does not depend on how many others run beside it; the model's
-    batched arithmetic may differ from the single one's in the last bits. state_mean, state_std: (S,).
+    R̂ starts at target/scale and falls by reward/scale; the model sees the last ``context`` steps, and its action is executed.
+    Episode e starts from the stream (seed, "evaluation", first_episode + e), whatever runs beside it; the model's batched
+    arithmetic may differ from that for one episode in the last bits. state_mean, state_std: (S,).
     """
     model.eval()
     device, dtype = model.embed_state.weight.device, model.embed_state.weight.dtype
@@ -43,7 +41,8 @@ def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, stat
     for t in range(horizon):
         rows = torch.as_tensor(alive, device=device)
         states[rows, t] = torch.as_tensor((observed[alive] - mean) / std, device=device, dtype=dtype)
-        returns_to_go[rows, t] = torch.as_tensor((target_return - returns[alive]) / task.return_scale, device=device, dtype=dtype)
+        still_to_come = (target_return - returns[alive]) / task.return_scale
+        returns_to_go[rows, t] = torch.as_tensor(still_to_come, device=device, dtype=dtype)
         seen = slice(max(0, t + 1 - context), t + 1)
         time_steps = torch.arange(seen.start, seen.stop, device=device).expand(len(alive), -1)
         chosen = model(states[rows, seen], actions[rows, seen], returns_to_go[rows, seen], time_steps)[:, -1]
@@ -58,26 +57,4 @@ def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, stat
         alive = np.array(still, dtype=np.int64)
         if not len(alive):
             break
-    for env in environments:
-        env.close()
     return Episodes(returns, lengths)
-
-
-def frame_strip(task: Task, states: np.ndarray, *, height: int = 160, width: int = 160) -> np.ndarray:
-    """Draw states (F, S) of the three locomotion tasks off-screen → (F, height, width, 3) uint8.
-
-    Their observations are the generalised positions but the horizontal one, then the velocities, so a frame needs no
-    replay; the horizontal position, which no data set stores, is 0. Raises whatever MuJoCo's renderer raises where
-    off-screen rendering does not work (set MUJOCO_GL=egl on a machine without a display).
-    """
-    env = task.make_environment(render_mode="rgb_array", height=height, width=width)
-    try:
-        env.reset(seed=0)
-        model = env.unwrapped.model
-        frames = []
-        for state in states.astype(np.float64):
-            env.unwrapped.set_state(np.concatenate([[0.0], state[:model.nq - 1]]), state[model.nq - 1:])
-            frames.append(env.render())
-        return np.stack(frames)
-    finally:
-        env.close()

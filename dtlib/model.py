@@ -1,7 +1,7 @@
 """The Decision Transformer over transformers' own blocks, and the starting points it can be built from."""
 
-import fnmatch
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,35 +12,19 @@ from transformers import GPT2Config, GPT2Model, ImageGPTConfig, ImageGPTModel
 
 from dtlib.errors import UserError
 from dtlib.seeding import stream_seed
+from dtlib.tasks import Task
 
-
-@dataclass(frozen=True)
-class Size:
-    blocks: int
-    width: int
-    heads: int
-
-
-SIZES = {
-    "mini": Size(4, 128, 4),
-    "chibit": Size(3, 128, 1),
-    "gpt2": Size(12, 768, 12),
-    "imagegpt-small": Size(24, 512, 8),
-}
+# Blocks, width, heads.
+SIZES = {"mini": (4, 128, 4), "chibit": (3, 128, 1), "gpt2": (12, 768, 12), "imagegpt-small": (24, 512, 8)}
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """A starting point: where the blocks' weights come from and which architecture carries them.
+    """A starting point: where the blocks' weights come from and which architecture carries them."""
 
-    weights: hub id or folder in transformers' layout; None draws them at random, at the size asked for.
-    carrier: "gpt2" (centred LayerNorm with bias) or "imagegpt" (root-mean-square norm without bias).
-    heads, activation: of random weights only; None takes the size's number of heads. Pre-trained weights bring their own.
-    """
-
-    weights: str | None = None
-    carrier: str = "gpt2"
-    heads: int | None = None
+    weights: str | None = None  # hub id, or folder in transformers' layout; None: random, at the size asked for
+    carrier: str = "gpt2"  # or "imagegpt", whose norm does not centre and has no bias
+    heads: int | None = None  # of random weights; None: as the size has it. Pre-trained weights bring both of these
     activation: str = "gelu_new"
 
 
@@ -59,22 +43,19 @@ CARRIERS = {"gpt2": (GPT2Config, GPT2Model), "imagegpt": (ImageGPTConfig, ImageG
 
 # The one place that lists what a weights file may hold beyond the blocks (left out here), and what it may lack.
 # "attn.bias" and "attn.masked_bias" are the causal mask that older files carry; the rest are vocabulary tables.
-LEFT_OUT = ("wte.weight", "wpe.weight", "lm_head.weight", "h.*.attn.bias", "h.*.attn.masked_bias")
+LEFT_OUT = r"(wte|wpe|lm_head)\.weight|h\.\d+\.attn\.(masked_)?bias"
 # ImageGPT's norms have no bias: in GPT-2 blocks these (two a block and the final one) start at GPT-2's own zeros.
-NEW_WHEN_POURED = ("h.*.ln_1.bias", "h.*.ln_2.bias", "ln_f.bias")
+NEW_WHEN_POURED = r"(h\.\d+\.ln_[12]|ln_f)\.bias"
 
 
 def get_initialisation(name: str) -> Initialisation:
-    """The row of ``INITIALISATIONS`` called ``name``, or one made for a folder of GPT-2 or ImageGPT weights.
-
-    Raises UserError for anything else.
-    """
+    """The row called ``name``, or one for a folder of GPT-2 or ImageGPT weights. Raises UserError for anything else."""
     if name in INITIALISATIONS:
         return INITIALISATIONS[name]
     if (Path(name) / "config.json").is_file():
         return Initialisation(weights=name, carrier=read_config(Path(name))["model_type"])
-    raise UserError(f"Unknown initialisation {name!r}: expected one of {', '.join(INITIALISATIONS)}, or a folder that "
-                    "holds config.json and model.safetensors of a GPT-2 or ImageGPT model.")
+    raise UserError(f"Unknown initialisation {name!r}: expected one of {', '.join(INITIALISATIONS)}, or a folder with the "
+                    "config.json and model.safetensors of a GPT-2 or ImageGPT model.")
 
 
 def weights_folder(weights: str) -> Path:
@@ -85,9 +66,8 @@ def weights_folder(weights: str) -> Path:
     try:
         return Path(snapshot_download(weights, allow_patterns=["config.json", "*.safetensors"]))
     except Exception as error:  # the hub's client raises many unrelated kinds; each means that there are no files
-        raise UserError(f"Could not get the weights {weights!r} from the Hugging Face hub ({type(error).__name__}): with a "
-                        f"network run again; without one, put its config.json and model.safetensors into a folder and "
-                        "give that folder's path as the initialisation.") from error
+        raise UserError(f"Could not get the weights {weights!r} from the Hugging Face hub ({type(error).__name__}): run again "
+                        "with a network, or give a folder with their config.json and model.safetensors instead.") from error
 
 
 def read_config(folder: Path) -> dict:
@@ -96,8 +76,7 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or not JSON ({error}): expected transformers' config.json; "
-                        "download the folder again.") from error
+        raise UserError(f"{path} is missing or not JSON ({error}): download the folder again.") from error
     if config.get("model_type") not in CARRIERS:
         raise UserError(f"{path} describes a {config.get('model_type')!r} model; expected one of {', '.join(CARRIERS)}.")
     return config
@@ -109,28 +88,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): pickled or damaged weights are never opened; "
-                        "get or make the file again.") from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}): get it anew; pickles are not opened.") from error
 
 
 class DecisionTransformer(nn.Module):
     """Predict a_t from (R̂_1, s_1, a_1, …, R̂_t, s_t) (papers A and B; Chen et al. 2021).
 
     The time-step embedding is added after the input LayerNorm, as in A and B (Chen et al. add it before), and the action
-    head is the transposed action embedding without bias, so states and returns have no head. The blocks are used bare:
-    neither word nor position table exists here.
+    head is the transposed action embedding without bias. Neither word nor position table exists here.
 
-    backbone: the config of the blocks, with its dropout rates. horizon: rows of the time-step table.
+    ``backbone`` is the config of the blocks, with its dropout rates.
     """
 
-    def __init__(self, state_dim: int, action_dim: int, horizon: int, backbone: GPT2Config | ImageGPTConfig):
+    def __init__(self, task: Task, backbone: GPT2Config | ImageGPTConfig):
         super().__init__()
-        self.state_dim, self.action_dim, self.horizon, self.config = state_dim, action_dim, horizon, backbone
-        width = backbone.hidden_size
+        self.config, width = backbone, backbone.hidden_size
         self.embed_return = nn.Linear(1, width)
-        self.embed_state = nn.Linear(state_dim, width)
-        self.embed_action = nn.Linear(action_dim, width)
-        self.embed_time = nn.Embedding(horizon, width)
+        self.embed_state = nn.Linear(task.state_dim, width)
+        self.embed_action = nn.Linear(task.action_dim, width)
+        self.embed_time = nn.Embedding(task.horizon, width)
         self.embed_ln = nn.LayerNorm(width)
         self.drop = nn.Dropout(backbone.embd_pdrop)
         transformer = CARRIERS[backbone.model_type][1](backbone)
@@ -143,7 +119,7 @@ class DecisionTransformer(nn.Module):
         return tokens.flatten(1, 2)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The blocks and the final norm: (B, T, D) → (B, T, D). Causal, so padding must come last, and then needs no mask."""
+        """The blocks and the final norm: (B, T, D) → (B, T, D). Causal: padding that comes last needs no mask."""
         hidden = self.drop(tokens)
         for block in self.h:
             output = block(hidden)
@@ -163,16 +139,6 @@ class DecisionTransformer(nn.Module):
         hidden = self.hidden(self.embed(states, actions, returns_to_go, time_steps))
         return self.predict_action(hidden[:, 1::3])
 
-    def description(self) -> dict:
-        """What ``from_description`` needs to rebuild the architecture, as plain JSON values."""
-        return {"state_dim": self.state_dim, "action_dim": self.action_dim, "horizon": self.horizon,
-                "backbone": json.loads(self.config.to_json_string(use_diff=False))}
-
-    @classmethod
-    def from_description(cls, description: dict) -> "DecisionTransformer":
-        backbone = CARRIERS[description["backbone"]["model_type"]][0].from_dict(description["backbone"])
-        return cls(description["state_dim"], description["action_dim"], description["horizon"], backbone)
-
 
 def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]]:
     """Pour a folder's weights into ``model``'s blocks and final norm, in place.
@@ -180,49 +146,44 @@ def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]
     Returns the tensors' names (hub prefixes removed) under "kept", "left_out" (see LEFT_OUT) and "new" (see
     NEW_WHEN_POURED). Raises UserError if anything else is missing, unexpected or of another shape.
     """
-    found = {name.removeprefix("transformer."): tensor for name, tensor in read_tensors(folder / "model.safetensors").items()}
+    tensors = read_tensors(folder / "model.safetensors")
+    found = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     wanted = {name: p.shape for name, p in model.named_parameters() if name.startswith(("h.", "ln_f."))}
 
-    def listed(name: str, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-    left_out = [name for name in found if name not in wanted and listed(name, LEFT_OUT)]
+    left_out = [name for name in found if name not in wanted and re.fullmatch(LEFT_OUT, name)]
     poured = read_config(folder)["model_type"] == "imagegpt" and model.config.model_type == "gpt2"
-    new = [name for name in wanted if poured and name not in found and listed(name, NEW_WHEN_POURED)]
+    new = [name for name in wanted if poured and name not in found and re.fullmatch(NEW_WHEN_POURED, name)]
     kept = [name for name in wanted if name in found]
-    wrong = ([f"{name} is missing" for name in wanted if name not in kept + new]
-             + [f"{name} is unexpected" for name in found if name not in kept + left_out]
-             + [f"{name} has shape {tuple(found[name].shape)}, expected {tuple(wanted[name])}"
-                for name in kept if found[name].shape != wanted[name]])
+    wrong = [f"{name} is missing" for name in wanted if name not in kept + new]
+    wrong += [f"{name} is unexpected" for name in found if name not in kept + left_out]
+    wrong += [f"{name} has shape {tuple(found[name].shape)}, expected {tuple(wanted[name])}"
+              for name in kept if found[name].shape != wanted[name]]
     if wrong:
-        raise UserError(f"{folder / 'model.safetensors'} does not fit its architecture: {'; '.join(wrong[:3])}"
-                        f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; use a file that belongs to its config.json.")
+        raise UserError(f"{folder / 'model.safetensors'} does not fit its architecture in {len(wrong)} tensors, first of all "
+                        f"{wrong[0]}: use a file that belongs to its config.json.")
     model.load_state_dict({name: found[name] for name in kept}, strict=False)
     return {"kept": kept, "left_out": left_out, "new": new}
 
 
-def build_model(initialisation: str, size: str, *, state_dim: int, action_dim: int, horizon: int, seed: int,
-                residual_dropout: float = 0.2, attention_dropout: float = 0.1, embedding_dropout: float = 0.1,
+def build_model(initialisation: str, size: str, task: Task, *, seed: int, residual_dropout: float = 0.2,
+                attention_dropout: float = 0.1, embedding_dropout: float = 0.1,
                 time_embedding_std: float = 1.0) -> DecisionTransformer:
     """A Decision Transformer at its starting point, float32, on the CPU, in training mode; the same for the same seed.
 
-    All layers but the blocks start as torch's defaults, for the time-step table a standard normal [code]. Added after the
+    Layers other than the blocks start as torch's defaults, the time-step table as a standard normal [code]: added after the
     input norm it is as large as all else, which long training overcomes; ``time_embedding_std`` shrinks it for short runs.
-
-    size: a name in ``SIZES``, of random weights; pre-trained ones bring theirs. Raises UserError for unknown names and
-    unfit files.
+    ``size`` is that of random weights; pre-trained ones bring theirs. Raises UserError for unknown names and unfit files.
     """
     row = get_initialisation(initialisation)
     if size not in SIZES:
         raise UserError(f"Unknown size {size!r}: expected one of {', '.join(SIZES)}.")
     dropout = {"resid_pdrop": residual_dropout, "attn_pdrop": attention_dropout, "embd_pdrop": embedding_dropout}
-    # No word or position table is used: one row each keeps the carrier's constructor happy at no cost. ImageGPT's
-    # blocks take the size of their causal mask from n_positions.
+    # The word and position tables are dropped: one row each will do. ImageGPT's causal mask takes its size from n_positions.
     plain = {"vocab_size": 1, "n_positions": 1 if row.carrier == "gpt2" else 1024, "use_cache": False,
              "bos_token_id": None, "eos_token_id": None, **dropout}
     if row.weights is None:
-        plain |= {"n_layer": SIZES[size].blocks, "n_embd": SIZES[size].width, "n_head": row.heads or SIZES[size].heads,
-                  "activation_function": row.activation}
+        blocks, width, heads = SIZES[size]
+        plain |= {"n_layer": blocks, "n_embd": width, "n_head": row.heads or heads, "activation_function": row.activation}
     else:
         folder = weights_folder(row.weights)
         given = read_config(folder)
@@ -234,7 +195,7 @@ def build_model(initialisation: str, size: str, *, state_dim: int, action_dim: i
     backbone = CARRIERS[row.carrier][0](**plain)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "weights"))
-        model = DecisionTransformer(state_dim, action_dim, horizon, backbone)
+        model = DecisionTransformer(task, backbone)
         nn.init.normal_(model.embed_time.weight, std=time_embedding_std)
     if row.weights is not None:
         load_blocks(model, folder)
@@ -243,9 +204,8 @@ def build_model(initialisation: str, size: str, *, state_dim: int, action_dim: i
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load a checkpoint in place. Raises UserError if the file is damaged or belongs to another architecture."""
-    tensors, own = read_tensors(path), model.state_dict()
-    different = sorted(set(tensors) ^ set(own)) + [n for n in tensors if n in own and tensors[n].shape != own[n].shape]
-    if different:
-        raise UserError(f"{path} belongs to another architecture: {len(different)} tensors differ in name or shape, "
-                        f"{different[0]!r} first; load it with the config that its run folder holds.")
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(read_tensors(path))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"{path} belongs to another architecture ({first}): load it with its run's config.") from error

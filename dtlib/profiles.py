@@ -6,19 +6,17 @@ import urllib.request
 from pathlib import Path
 
 ALL_TASKS = ["hopper", "halfcheetah", "walker2d"]
-# Paper A's architecture, training and evaluation.
-AS_PAPER = dict(size="gpt2", context=20, epochs=40, steps_per_epoch=2500, batch_size=64, learning_rate=1e-4,
-                warmup_steps=5000, evaluation_episodes=100, device="cuda", tasks=ALL_TASKS, dataset_steps=1_000_000)
-
+AS_PAPER = dict(  # paper A's architecture, training and evaluation
+    device="cuda", tasks=ALL_TASKS, size="gpt2", epochs=40, steps_per_epoch=2500, batch_size=64, learning_rate=1e-4,
+    context=20, warmup_steps=5000, time_embedding_std=1.0, evaluation_episodes=100, precision="float32", dataset_steps=10**6)
 PROFILES: dict[str, dict[str, object]] = {
     "smoke": dict(dataset_steps=5_000, seeds=[0, 1], epochs=1, steps_per_epoch=3, batch_size=8, warmup_steps=2,
-                  evaluation_episodes=2),
+                  time_embedding_std=0.02, evaluation_episodes=2),
     "laptop": {},  # the notebooks' own defaults
     "full": dict(tasks=ALL_TASKS, seeds=[0, 1, 2, 3, 4]),
-    "gpu": dict(AS_PAPER, dataset="collected:medium", initialisations=["random", "random-matched"], seeds=[0, 1, 2],
-                precision="bfloat16"),
-    "paper": dict(AS_PAPER, dataset="d4rl:medium", initialisations=["random", "gpt2", "igpt"], seeds=[666, 42],
-                  precision="float32"),
+    "gpu": dict(AS_PAPER, dataset="collected:medium", initialisations=["random", "random-matched"],
+                seeds=[0, 1, 2], precision="bfloat16"),
+    "paper": dict(AS_PAPER, dataset="d4rl:medium", initialisations=["random", "gpt2", "igpt"], seeds=[666, 42]),
 }
 HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
 
@@ -35,26 +33,20 @@ def unreachable(address: str) -> str:
 
 def missing(profile: str, parameters: dict[str, object] | None = None) -> list[str]:
     """What ``profile`` (or ``parameters``, if given) needs that this machine neither has nor can get; what to do."""
-    parameters, lacks = PROFILES[profile] if parameters is None else parameters, []
-    if parameters.get("device") == "cuda":
-        import torch
-        if not torch.cuda.is_available():
-            lacks.append("a CUDA device that torch can use")
-    kind, _, quality = parameters.get("dataset", "").partition(":")
-    if kind == "d4rl":
-        from dtlib.data import D4RL_ADDRESS, d4rl_path
-        from dtlib.tasks import get_task
-        for task in parameters.get("tasks", ALL_TASKS):
-            path = d4rl_path(get_task(task), quality)
-            if not path.exists() and unreachable(D4RL_ADDRESS + path.name):
-                lacks.append(f"the file {path} (put it there, from {D4RL_ADDRESS}{path.name})")
-    if parameters.get("initialisations"):
-        from huggingface_hub import constants, try_to_load_from_cache
+    import torch  # these are slow to import, and only needed here
+    from huggingface_hub import constants, try_to_load_from_cache
 
-        from dtlib.model import get_initialisation
-        for weights in dict.fromkeys(get_initialisation(name).weights for name in parameters["initialisations"]):
-            here = weights is None or Path(weights).is_dir() or try_to_load_from_cache(weights, "config.json")
-            if not here and unreachable(f"{constants.ENDPOINT}/{weights}/resolve/main/config.json"):
-                lacks.append(f"the weights {weights} (connect to the network once, or give a folder with config.json "
-                             "and model.safetensors as the initialisation)")
+    from dtlib import data, model, tasks
+    parameters, lacks = PROFILES[profile] if parameters is None else parameters, []
+    if parameters.get("device") == "cuda" and not torch.cuda.is_available():
+        lacks.append("a CUDA device that torch can use")
+    kind, _, quality = parameters.get("dataset", "").partition(":")
+    for name in parameters.get("tasks", ALL_TASKS) if kind == "d4rl" else []:
+        path = data.d4rl_path(tasks.get_task(name), quality)
+        if not path.exists() and unreachable(data.D4RL_ADDRESS + path.name):
+            lacks.append(f"the file {path} (put it there, from {data.D4RL_ADDRESS}{path.name})")
+    for weights in dict.fromkeys(model.get_initialisation(name).weights for name in parameters.get("initialisations", [])):
+        here = weights is None or Path(weights).is_dir() or try_to_load_from_cache(weights, "config.json")
+        if not here and unreachable(f"{constants.ENDPOINT}/{weights}/resolve/main/config.json"):
+            lacks.append(f"the weights {weights} (connect to the network once, or give their folder as the initialisation)")
     return lacks

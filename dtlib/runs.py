@@ -1,5 +1,6 @@
 """A fine-tuning run on disk: a config goes in, checkpoints and metrics come out; asked for twice, it is trained once."""
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -7,92 +8,82 @@ import json
 import multiprocessing
 import os
 import platform
-import queue
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from importlib.metadata import version
+from multiprocessing.managers import BaseProxy
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dtlib import data
-from dtlib.errors import UserError, atomic_write, cache_root
+from dtlib.errors import UserError, atomic_write, cache_root, locked
 from dtlib.evaluate import rollout
-from dtlib.model import SIZES, DecisionTransformer, build_model, get_initialisation, load_checkpoint
+from dtlib.model import CARRIERS, SIZES, DecisionTransformer, build_model, get_initialisation, load_checkpoint
 from dtlib.seeding import generator, stream_seed
 from dtlib.tasks import get_task
 from dtlib.train import action_error, make_optimiser, train_epoch
 
 ERROR_WINDOWS = 512  # windows that measure the action error after each epoch, the same for every model on a data set
-Count = Annotated[int, Field(gt=0)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
+Count, Whole = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]
+Positive, Probability = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class RunConfig:
-    """Everything that decides a fine-tuning run. Defaults are paper A's setting, but for the data, which is collected here.
+    """Everything that decides a fine-tuning run. The defaults are paper A's setting, but for the data: collected here.
 
-    dataset_steps: steps to collect, or to read of a larger file; None reads it all (100,000 where it is collected).
-    size: of random weights; pre-trained ones bring their own. time_embedding_std: see ``build_model``. compile: train through torch.compile.
-    gradient_clip: None switches clipping off. target_return: None takes the task's first target.
-    checkpoints: epochs kept beside the first (0) and the last. Raises UserError for unknown names, types and values.
+    Raises UserError for unknown names, types and values.
     """
 
     task: str = "hopper"
     dataset: str = "collected:medium"
-    dataset_steps: Count | None = None
+    dataset_steps: Count | None = None  # to collect (None: 100,000) or to read of a file (None: all)
     initialisation: str = "random"
-    size: Literal[tuple(SIZES)] = "gpt2"
+    size: Literal[tuple(SIZES)] = "gpt2"  # of random weights; pre-trained ones bring theirs
     context: Count = 20
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     epochs: Count = 40
     steps_per_epoch: Count = 2500
     batch_size: Count = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 5000
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    gradient_clip: Annotated[float, Field(gt=0)] | None = 0.25
-    residual_dropout: Rate = 0.2
-    attention_dropout: Rate = 0.1
-    embedding_dropout: Rate = 0.1
-    time_embedding_std: Annotated[float, Field(ge=0)] = 1.0
+    learning_rate: Positive = 1e-4
+    warmup_steps: Whole = 5000
+    weight_decay: float = Field(1e-4, ge=0)
+    adam_epsilon: Positive = 1e-8
+    gradient_clip: Positive | None = 0.25  # None: no clipping
+    residual_dropout: Probability = 0.2
+    attention_dropout: Probability = 0.1
+    embedding_dropout: Probability = 0.1
+    time_embedding_std: float = Field(1.0, ge=0)  # see build_model
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
-    target_return: float | None = None
+    compile: bool = False  # train through torch.compile
+    target_return: float | None = None  # None: the task's first target
     evaluation_episodes: Count = 100
-    checkpoints: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    checkpoints: Annotated[tuple[int, ...], Field(strict=False)] = ()  # epochs kept beside the first (0) and the last
 
     @model_validator(mode="wrap")
     @classmethod
-    def _explain(cls, values: object, build: Callable) -> "RunConfig":
+    def _check(cls, values: object, build: Callable) -> "RunConfig":
         try:
-            return build(values)
+            config = build(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"Run parameter {name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}. The "
-                            f"parameters are {', '.join(field.name for field in dataclasses.fields(cls))}.") from error
-
-    @model_validator(mode="after")
-    def _resolve(self) -> "RunConfig":
-        task = get_task(self.task)
-        get_initialisation(self.initialisation)
-        if self.target_return is None:
-            object.__setattr__(self, "target_return", task.targets[0])
-        return self
+            first, known = error.errors()[0], ", ".join(field.name for field in dataclasses.fields(cls))
+            where = f"{first['loc'][0]}={first['input']!r}"
+            raise UserError(f"Run parameter {where}: {first['msg']}. The parameters are {known}.") from error
+        get_initialisation(config.initialisation)
+        if config.target_return is None:
+            object.__setattr__(config, "target_return", get_task(config.task).targets[0])
+        return config
 
     @property
     def name(self) -> str:
@@ -102,26 +93,28 @@ class RunConfig:
 
 
 def runs_root() -> Path:
+    """Where finished runs lie, each in a folder of its own."""
     return cache_root() / "runs"
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+def _sha256(content: Path | dict) -> str:
+    """Of a file, or of a record but for its own checksum."""
+    if isinstance(content, dict):
+        return hashlib.sha256(json.dumps({k: v for k, v in content.items() if k != "checksum"}).encode()).hexdigest()
+    with open(content, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checksum(record: dict) -> str:
-    return hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != "checksum"}).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run. ``record`` holds model (architecture), data (fingerprint, summary, state_mean, state_std),
-    provenance (device, versions, seconds) and checkpoints (SHA-256 by file name)."""
+    """A finished run. ``metrics`` has one dict per epoch, epoch 0 being the starting point: epoch, step, training_loss (mean
+    over the epoch, dropout on; None at 0), action_error (dropout off), returns and lengths (one per episode). ``record``
+    holds all there is: also data (fingerprint, summary, state_mean, state_std) and provenance (device, versions, seconds)."""
 
     config: RunConfig
     path: Path
     record: dict
+    metrics: list[dict]
 
     @classmethod
     def open(cls, path: Path) -> "Run":
@@ -129,17 +122,11 @@ class Run:
         try:
             record = json.loads((path / "run.json").read_text())
             config = RunConfig(**record["config"])
-            if record["checksum"] != _checksum(record) or config.name != path.name:
+            if record["checksum"] != _sha256(record) or config.name != path.name:
                 raise ValueError("run.json was changed")
-            return cls(config, path, record)
+            return cls(config, path, record, record["metrics"])
         except (OSError, ValueError, TypeError, KeyError, UserError) as error:
-            raise UserError(f"The run in {path} is damaged ({error}): delete that folder and run again to train it anew.") from error
-
-    @property
-    def metrics(self) -> list[dict]:
-        """One dict per epoch, epoch 0 being the starting point: epoch, step, training_loss (mean over the epoch, dropout
-        on; None at 0), action_error (dropout off), returns and lengths (one per evaluation episode)."""
-        return self.record["metrics"]
+            raise UserError(f"The run in {path} is damaged ({error}): delete that folder and run again.") from error
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation (S,) float32 of the training data's states, which standardise the model's input."""
@@ -150,27 +137,13 @@ class Run:
         path = self.path / f"epoch_{self.config.epochs if epoch is None else epoch:03d}.safetensors"
         digests = self.record["checkpoints"]
         if path.name not in digests:
-            raise UserError(f"{self.path.name} has no {path.name}: choose one of the epochs it keeps, {', '.join(digests)}.")
+            raise UserError(f"{self.path.name} has no {path.name}: choose one that it keeps, {', '.join(digests)}.")
         if not path.is_file() or _sha256(path) != digests[path.name]:
-            raise UserError(f"{path} was changed or removed: delete its folder and run again to train it anew.")
-        model = DecisionTransformer.from_description(self.record["model"])
+            raise UserError(f"{path} was changed or removed: delete its folder and run again.")
+        backbone = self.record["backbone"]
+        model = DecisionTransformer(get_task(self.config.task), CARRIERS[backbone["model_type"]][0].from_dict(backbone))
         load_checkpoint(model, path)
         return model.eval()
-
-
-def list_runs() -> list[Run]:
-    """All finished runs, by folder name."""
-    return [Run.open(file.parent) for file in sorted(runs_root().glob("*/run.json"))]
-
-
-def resolve_device(device: str) -> str:
-    """"auto" becomes "cuda" where there is one, else "cpu". Raises UserError for an unknown or absent device."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"Unknown device {device!r}: expected auto, cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device='cuda' was asked for, but torch sees no CUDA card: use device='auto' or 'cpu', or a machine "
-                        "with a card and a CUDA build of torch.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def load_data(config: RunConfig, progress: bool = True) -> data.Trajectories:
@@ -180,19 +153,21 @@ def load_data(config: RunConfig, progress: bool = True) -> data.Trajectories:
 
 def _save_state(path: Path, model: DecisionTransformer, optimiser: torch.optim.Optimizer, progress: dict) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        tensors |= {f"{key}.{name}": value for key, value in optimiser.state[parameter].items()}
+    tensors |= {f"{key}.{i}": value for i, state in optimiser.state_dict()["state"].items() for key, value in state.items()}
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
 
 
 def _load_state(path: Path, model: DecisionTransformer, optimiser: torch.optim.Optimizer) -> dict:
     with safe_open(path, framework="pt") as file:
-        model.load_state_dict({name: file.get_tensor(f"model.{name}") for name in model.state_dict()})
-        for name, parameter in model.named_parameters():
-            found = {key: f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in file.keys()}
-            optimiser.state[parameter].update({key: file.get_tensor(full).to(parameter.device) for key, full in found.items()})
-        return json.loads(file.metadata()["progress"])
+        tensors, progress = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["progress"])
+    model.load_state_dict({name: tensors.pop(f"model.{name}") for name in model.state_dict()})
+    moments = collections.defaultdict(dict)
+    for name, tensor in tensors.items():
+        key, i = name.split(".")
+        moments[int(i)][key] = tensor
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": dict(moments)})
+    return progress
 
 
 @contextlib.contextmanager
@@ -211,22 +186,21 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
     """Train in ``folder``, from its last finished epoch if there is one, and leave run.json and the checkpoints there."""
     task, trajectories = get_task(config.task), load_data(config, progress=False)
     sampler = data.WindowSampler(trajectories, config.context, task.return_scale, device)
-    model = build_model(config.initialisation, config.size, state_dim=task.state_dim, action_dim=task.action_dim,
-                        horizon=task.horizon, seed=config.seed, residual_dropout=config.residual_dropout,
+    model = build_model(config.initialisation, config.size, task, seed=config.seed, residual_dropout=config.residual_dropout,
                         attention_dropout=config.attention_dropout, embedding_dropout=config.embedding_dropout,
                         time_embedding_std=config.time_embedding_std).to(device)
     # Rollouts meet many shapes and stay eager; both share the parameters.
     training_model = torch.compile(model) if config.compile else model
     optimiser = make_optimiser(model, config.learning_rate, config.weight_decay, config.adam_epsilon)
     fixed = torch.randint(sampler.number_of_steps, (ERROR_WINDOWS,), generator=generator(0, "action error")).to(device)
-    state, metrics, seconds = folder / "resume.safetensors", [], {"training": 0.0, "evaluation": 0.0}
+    state = folder / "resume.safetensors"
+    progress = {"fingerprint": trajectories.fingerprint, "metrics": [], "seconds": {"training": 0.0, "evaluation": 0.0}}
     if state.exists():
         progress = _load_state(state, model, optimiser)
-        metrics, seconds = progress["metrics"], progress["seconds"]
         if progress["fingerprint"] != trajectories.fingerprint:
-            raise UserError(f"The data set {config.dataset!r} changed since {folder} was begun: delete that folder to start anew.")
-        on_steps(metrics[-1]["step"])
-    for epoch in range(len(metrics), config.epochs + 1):
+            raise UserError(f"{config.dataset!r} has other data than when {folder} was begun: delete that folder.")
+        on_steps(progress["metrics"][-1]["step"])
+    for epoch in range(len(progress["metrics"]), config.epochs + 1):
         # Streams are made anew for every epoch, so a resumed run needs no generator's state.
         loss, step, began = None, epoch * config.steps_per_epoch, time.perf_counter()
         if epoch > 0:
@@ -235,29 +209,30 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
                                    generator=generator(config.seed, "batches", epoch)).to(device)
             loss = train_epoch(training_model, optimiser, sampler, starts, first_step=step - config.steps_per_epoch,
                                learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
-                               gradient_clip=config.gradient_clip, precision=config.precision, on_step=partial(on_steps, 1))
+                               gradient_clip=config.gradient_clip, precision=config.precision, on_step=lambda: on_steps(1))
         trained = time.perf_counter()
         episodes = rollout(model, task, trajectories.state_mean, trajectories.state_std, target_return=config.target_return,
                            episodes=config.evaluation_episodes, context=config.context,
                            seed=stream_seed(config.seed, "evaluation of epoch", epoch))
-        metrics.append({"epoch": epoch, "step": step, "training_loss": loss, "action_error": action_error(model, sampler, fixed),
-                        "returns": episodes.returns.tolist(), "lengths": episodes.lengths.tolist()})
-        seconds["training"] += trained - began
-        seconds["evaluation"] += time.perf_counter() - trained
+        progress["metrics"].append({
+            "epoch": epoch, "step": step, "training_loss": loss, "action_error": action_error(model, sampler, fixed),
+            "returns": episodes.returns.tolist(), "lengths": episodes.lengths.tolist()})
+        progress["seconds"]["training"] += trained - began
+        progress["seconds"]["evaluation"] += time.perf_counter() - trained
         if epoch in (0, config.epochs, *config.checkpoints):
             with atomic_write(folder / f"epoch_{epoch:03d}.safetensors") as temporary:
                 save_file({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary)
-        _save_state(state, model, optimiser, {"metrics": metrics, "seconds": seconds, "fingerprint": trajectories.fingerprint})
+        _save_state(state, model, optimiser, progress)
     record = {
-        "config": dataclasses.asdict(config), "model": model.description(), "metrics": metrics,
+        "config": dataclasses.asdict(config), "backbone": model.config.to_dict(), "metrics": progress["metrics"],
         "data": {"fingerprint": trajectories.fingerprint, "summary": trajectories.summary(),
                  "state_mean": trajectories.state_mean.tolist(), "state_std": trajectories.state_std.tolist()},
-        "provenance": {"device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(), "seconds": seconds,
-                       "python": platform.python_version(),
+        "provenance": {"device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+                       "seconds": progress["seconds"], "python": platform.python_version(),
                        **{name: version(name) for name in ("torch", "transformers", "gymnasium", "mujoco", "numpy")}},
         "checkpoints": {file.name: _sha256(file) for file in sorted(folder.glob("epoch_*.safetensors"))}}
     with atomic_write(folder / "run.json") as temporary:
-        temporary.write_text(json.dumps({"checksum": _checksum(json.loads(json.dumps(record))), **record}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"checksum": _sha256(record), **record}, indent=1) + "\n")
     state.unlink()
 
 
@@ -268,14 +243,7 @@ def fine_tune(config: RunConfig, device: str = "cpu", on_steps: Callable[[int], 
     steps are done. A run appears under its name only when it is whole; until then it grows under ``.partial``.
     """
     final, growing = runs_root() / config.name, runs_root() / ".partial" / config.name
-    growing.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{growing}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Another process is training {config.name}: waiting for it.", flush=True)
-        held = lock.acquire()
-    with held:
+    with locked(growing):
         if final.exists():
             on_steps(config.epochs * config.steps_per_epoch)
             return Run.open(final)
@@ -289,19 +257,12 @@ def fine_tune(config: RunConfig, device: str = "cpu", on_steps: Callable[[int], 
         return Run.open(final)
 
 
-_reports = _stop = None  # set in worker processes only
-
-
-def _start_worker(reports: "multiprocessing.Queue", stop: "multiprocessing.synchronize.Event") -> None:
-    global _reports, _stop
-    _reports, _stop = reports, stop
+def _work(config: RunConfig, reports: BaseProxy, stop: BaseProxy) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and sets ``stop``
 
-
-def _work(config: RunConfig) -> None:
     def report(steps: int) -> None:
-        _reports.put(steps)
-        if _stop.is_set() or not multiprocessing.parent_process().is_alive():
+        reports.put(steps)  # fails, and so ends this process too, if the parent was killed
+        if stop.is_set():
             raise KeyboardInterrupt
     fine_tune(config, "cpu", report)
 
@@ -309,37 +270,41 @@ def _work(config: RunConfig) -> None:
 def _train_side_by_side(configs: list[RunConfig], processes: int, bar: tqdm) -> None:
     """Train on the CPU, one process and one thread a run: faster than one run on all cores."""
     context = multiprocessing.get_context("spawn")
-    reports, stop = context.Queue(), context.Event()
-    with ProcessPoolExecutor(processes, context, _start_worker, (reports, stop)) as pool:
-        pending = {pool.submit(_work, config) for config in configs}
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
+        reports, stop = manager.Queue(), manager.Event()
+        pending = {pool.submit(_work, config, reports, stop) for config in configs}
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        bar.update(reports.get_nowait())
+                while not reports.empty():
+                    bar.update(reports.get())
                 for future in done:
                     future.result()
         except BrokenProcessPool as error:
-            raise UserError("A training process was killed, perhaps for lack of memory: run again to resume; "
-                            "processes=1 needs the least.") from error
+            raise UserError("A training process was killed, perhaps for lack of memory: try processes=1.") from error
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | None = None, progress: bool = True) -> list[Run]:
+def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | None = None,
+               progress: bool = True) -> list[Run]:
     """The finished runs of ``configs``, in order; missing ones are trained, on a CPU several at once (default: one a core).
 
-    Ctrl-C leaves every run resumable from its last finished epoch. Raises UserError for what the data or the device object to.
+    ``device`` "auto" is "cuda" where there is one, else "cpu". Ctrl-C leaves every run resumable from its last finished
+    epoch. Raises UserError for an absent device, and as the data do.
     """
-    device = resolve_device(device)
+    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if device not in ("auto", *available):
+        raise UserError(f"Device {device!r} is not to be had: torch sees {' and '.join(available)} here. Use device='auto'; "
+                        "'cuda' needs a card and a CUDA build of torch.")
+    device = available[-1] if device == "auto" else device
     missing = [config for config in dict.fromkeys(configs) if not (runs_root() / config.name).exists()]
     for config in {(c.task, c.dataset, c.dataset_steps): c for c in missing}.values():
         load_data(config, progress)  # collects or downloads once, before the processes start
     processes = min(processes or os.cpu_count() or 1, len(missing))
-    with tqdm(total=sum(c.epochs * c.steps_per_epoch for c in missing), desc=f"fine-tuning {len(missing)} runs", unit="step",
-              disable=not (progress and missing)) as bar:
+    steps = sum(config.epochs * config.steps_per_epoch for config in missing)
+    with tqdm(total=steps, desc=f"fine-tuning {len(missing)} runs", unit="step", disable=not (progress and missing)) as bar:
         if device == "cpu" and processes > 1:
             _train_side_by_side(missing, processes, bar)
         else:

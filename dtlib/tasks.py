@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import TypeVar
 
 import gymnasium
 import mujoco
@@ -10,10 +9,7 @@ import numpy as np
 
 from dtlib.errors import UserError
 
-# MuJoCo's warnings become Python's; by default they go to a MUJOCO_LOG.TXT in the working directory.
-mujoco.set_mju_user_warning(warnings.warn)
-
-Returns = TypeVar("Returns", float, np.ndarray)
+mujoco.set_mju_user_warning(warnings.warn)  # by default they go to a MUJOCO_LOG.TXT in the working directory
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Task:
     horizon: int = 1000
     return_scale: float = 1000.0  # returns-to-go are divided by this before the model sees them
 
-    def scores(self, returns: Returns) -> dict[str, Returns]:
+    def scores(self, returns: float | np.ndarray) -> dict[str, float | np.ndarray]:
         """Normalised scores, 100·(return − random)/(expert − random), of one return or an array of them.
 
         ``D4RL`` takes D4RL's constants, ``Takagi`` the mean returns of D4RL's random and expert data sets, as
@@ -47,10 +43,9 @@ class Task:
             return gymnasium.make(self.environment, max_episode_steps=self.horizon, disable_env_checker=True, **options)
 
 
-# Targets: the released code's, the one that Takagi (2022) reports first. D4RL's references: d4rl.infos.
-# Takagi's references: mean returns of the -v2 files `random` and `expert`, as public code for the Decision Transformer
-# lists them beside those of `medium`. Hopper's pair is also the one in Takagi's code; the other two agree to the last
-# digit with the expert means reported elsewhere (10656.43, 4920.51).
+# Targets: the released code's, the one that Takagi (2022) reports first. D4RL's references: d4rl.infos. Takagi's: mean returns
+# of the -v2 files `random` and `expert`, as public code for the Decision Transformer lists them. Hopper's pair is also in
+# Takagi's code; the other two agree to the last digit with the expert means reported elsewhere (10656.43, 4920.51).
 TASKS: dict[str, Task] = {task.name: task for task in (
     Task("hopper", "Hopper-v4", 11, 3, (3600.0, 1800.0), (-20.272305, 3234.3), (18.398905, 3511.3577)),
     Task("halfcheetah", "HalfCheetah-v4", 17, 6, (6000.0, 12000.0), (-280.178953, 12135.0), (-288.79712, 10656.426)),

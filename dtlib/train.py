@@ -8,23 +8,15 @@ from torch import Tensor
 from dtlib.data import Windows, WindowSampler
 from dtlib.model import DecisionTransformer
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def action_loss(predicted: Tensor, windows: Windows) -> Tensor:
-    """Mean over real (not padded) steps and action dimensions of (â − a)²; predicted is (B, K, A), the result a scalar.
-
-    The loss of the whole objective: states and returns are not predicted (papers A and B).
-    """
+    """Mean over real (not padded) steps and action dimensions of (â − a)², the papers' whole loss; predicted (B, K, A)."""
     squared = (predicted - windows.actions).square().mean(-1)  # (B, K)
     return (squared * windows.mask).sum() / windows.mask.sum()
 
 
 def make_optimiser(model: DecisionTransformer, learning_rate: float, weight_decay: float, epsilon: float) -> torch.optim.AdamW:
-    """AdamW with one parameter group: weight decay reaches norms and biases too, as in the released code.
-
-    [code] there uses ε = 1e-6 for pre-trained and 1e-8 for random starts; ``epsilon`` is one value for all by default.
-    """
+    """AdamW with one group: weight decay reaches norms and biases too [code], where ε was 1e-6 for pre-trained starts."""
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, eps=epsilon, fused=True)
 
 
@@ -39,9 +31,8 @@ def train_epoch(model: DecisionTransformer, optimiser: torch.optim.Optimizer, sa
                 precision: str = "float32", on_step: Callable[[], None] = lambda: None) -> float:
     """Take one optimiser step per row of ``starts`` (steps, B), the windows' flat start indices; return the mean loss.
 
-    The learning rate grows linearly over the first ``warmup_steps`` of the run and then stays; ``first_step`` counts the
-    steps of earlier epochs. gradient_clip: largest norm of the whole gradient (paper A: 0.25), None for no clipping.
-    ``on_step`` is called after each step. Dropout draws from torch's global generator.
+    The learning rate grows linearly over the run's first ``warmup_steps``, then stays; ``first_step`` counts the steps of
+    earlier epochs. gradient_clip: largest norm of the whole gradient, or None. Dropout draws from torch's global generator.
     """
     model.train()
     total = torch.zeros((), device=starts.device)

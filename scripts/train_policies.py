@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     model = SAC("MlpPolicy", gym.make(options.environment), learning_rate=1e-3, qf_learning_rate=1e-3, batch_size=128,
-                train_freq=16, gradient_steps=16, policy_delay=2, learning_starts=5_000, buffer_size=1_000_000, seed=options.seed)
+                train_freq=16, gradient_steps=16, policy_delay=2, learning_starts=5_000, seed=options.seed)
     callback = Snapshots(options.environment, options.out, options.every, options.episodes, options.seed)
     callback.init_callback(model)
     callback.snapshot()

@@ -3,9 +3,12 @@
 import os
 
 import pytest
+import torch
 
 from dtlib.collect import collect
 from dtlib.tasks import get_task
+
+torch.set_num_threads(1)  # as every run on a CPU has; faster for models this small, too
 
 
 @pytest.fixture(scope="session", autouse=True)

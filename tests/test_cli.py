@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -38,13 +39,12 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
     (["figures", "9"], "Unknown notebook '9': the notebooks are 00_first."),
     (["figures", "--set", "epoch=1"], "Unknown parameter 'epoch': the parameters are epochs."),
     (["figures", "--set", "epochs=1e-4"], "Parameter epochs got '1e-4': expected int, such as 3."),
-    (["figures", "--set", "epochs"], "Cannot read 'epochs': expected name=value, such as epochs=2."),
-    (["finetune", "epoch=2"], "Unknown run parameter 'epoch'"),
-    (["finetune", "epochs=many"], "Run parameter epochs is 'many'"),
+    (["figures", "--set", "epochs"], "Parameter epochs got '': expected int, such as 3."),
+    (["finetune", "epoch=2"], "Run parameter epoch="),
+    (["finetune", "epochs=many"], "Run parameter epochs='many'"),
     (["finetune", "task=ant"], "Unknown task 'ant'"),
     (["data", "ant"], "Unknown task 'ant'"),
     (["data", "hopper", "collected:good"], "collected:good"),
-    (["runs", "abc"], "0 runs match 'abc'"),
 ])
 def test_user_errors_are_one_line_with_status_2_and_leave_nothing(call, tmp_path, arguments, message):
     before = sorted(tmp_path.rglob("*"))
@@ -82,18 +82,25 @@ def test_data_then_finetune_then_runs(call, tmp_path):
     result = call("finetune", *settings, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "D4RL" in result.stdout and "Takagi" in result.stdout
-    rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
+    rows = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("epoch")]
     assert rows == ["0", "1"]
-    (name,) = call("runs").stdout.split()
+    head, name = call("runs").stdout.splitlines()
+    assert head == f"1 finished runs in {tmp_path / 'cache' / 'runs'}"
     shown = call("runs", name[-6:])
     assert "learning_rate=0.0001" in shown.stdout and "seed=7" in shown.stdout and "Takagi" in shown.stdout
+    damaged = tmp_path / "cache" / "runs" / "aaa-damaged"
+    damaged.mkdir()
+    (damaged / "run.json").write_text("{}")
+    lines = call("runs").stdout.splitlines()
+    assert lines[1].startswith("damaged: ") and str(damaged) in lines[1] and lines[2] == name
+    assert call("runs", "of no run").stdout.startswith("0 finished runs in")
 
 
 def test_finetune_without_settings_lists_them(call):
     result = call("finetune")
     assert result.exit_code == 0
-    assert "learning_rate=0.0001" in result.stdout.splitlines()
-    assert call("runs").stdout.startswith("No finished runs in")
+    assert {"learning_rate=0.0001", "weight_decay=0.0001", "time_embedding_std=1.0"} < set(result.stdout.splitlines())
+    assert call("runs").stdout.startswith("0 finished runs in")
 
 
 def doctored(monkeypatch, *probes):
@@ -119,8 +126,11 @@ def test_doctor_survives_crashes_and_fails_only_for_what_everything_needs(call, 
     assert "[FAIL] broken: a reason" in result.stdout.splitlines()
 
 
-@pytest.mark.parametrize("label", ["torch", "MuJoCo"])
-def test_what_doctor_requires_works_here(label):
-    (code,) = [code for name, needed_by, code in command_line.PROBES if name == label and not needed_by]
-    works, detail = command_line.probe(code)
-    assert works, detail
+def test_what_doctor_requires_works_here(call, monkeypatch):
+    required = [probe for probe in command_line.PROBES if not probe[1]]
+    assert [label for label, *_ in required] == ["torch", "MuJoCo"]
+    doctored(monkeypatch, *required)
+    monkeypatch.setenv("PYTHONPATH", str(Path(command_line.__file__).parents[1]))  # the current folder is another
+    result = call("doctor")
+    assert result.exit_code == 0, result.output
+    assert "[OK]   torch: " in result.stdout and "moves Hopper" in result.stdout

@@ -69,6 +69,13 @@ def test_styles_differ_without_colour():
     assert len(set(marks)) == len(marks)
 
 
+def test_every_colour_is_visible_on_white():
+    """By the contrast of the web accessibility guidelines, 1 to 21; paper A's own colour for random has 1.8."""
+    for name, colour in plots.COLOURS.items():
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        assert 1.05 / (np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05) > 2.5, name
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path, monkeypatch):
     table = pd.DataFrame({"epoch": [0, 1], "action_error": [0.1, 1 / 3]})
     saved = []

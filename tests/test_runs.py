@@ -18,6 +18,7 @@ import torch
 from dtlib import runs
 from dtlib.errors import UserError
 from dtlib.model import build_model
+from dtlib.tasks import get_task
 
 # Children are forked from a clean server that has imported everything once, so that each costs a fraction of a second.
 FORKS = multiprocessing.get_context("forkserver")
@@ -45,6 +46,10 @@ def checkpoints(path):
     return {file.name: file.read_bytes() for file in sorted(path.glob("epoch_*.safetensors"))}
 
 
+def finished():
+    return sorted(runs.runs_root().glob("[!.]*"))
+
+
 def without_times(record):
     return {k: v for k, v in record.items() if k not in ("provenance", "checksum")}
 
@@ -66,8 +71,8 @@ def test_a_run_is_what_its_config_says(uninterrupted, config):
     assert [row["step"] for row in uninterrupted.metrics] == [0, 4, 8, 12]
     assert uninterrupted.metrics[0]["training_loss"] is None and uninterrupted.metrics[3]["training_loss"] > 0
     assert all(len(row["returns"]) == len(row["lengths"]) == 2 for row in uninterrupted.metrics)
-    assert list(uninterrupted.record["checkpoints"]) == ["epoch_000.safetensors", "epoch_001.safetensors", "epoch_003.safetensors"]
-    start = build_model("random", "chibit", state_dim=11, action_dim=3, horizon=1000, seed=0)
+    assert list(uninterrupted.record["checkpoints"]) == [f"epoch_00{epoch}.safetensors" for epoch in (0, 1, 3)]
+    start = build_model("random", "chibit", get_task("hopper"), seed=0)
     loaded, last = uninterrupted.load_model(0), uninterrupted.load_model()
     assert all(torch.equal(a, b) for a, b in zip(start.parameters(), loaded.parameters(), strict=True))
     assert not torch.equal(last.embed_state.weight, loaded.embed_state.weight) and not last.training
@@ -122,7 +127,7 @@ def test_killed_once_before_a_rename(config, uninterrupted, tmp_path, monkeypatc
     process = child(killed_at_rename, config, moment)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert not (runs.runs_root() / config.name).exists() and runs.list_runs() == []
+    assert finished() == []
     resumed = runs.fine_tune(config)
     assert checkpoints(resumed.path) == checkpoints(uninterrupted.path)
     assert without_times(resumed.record) == without_times(uninterrupted.record)
@@ -158,7 +163,7 @@ def test_side_by_side_equals_one_by_one(config, uninterrupted, tmp_path, monkeyp
     assert together[0].path == together[2].path != together[1].path
     assert checkpoints(together[0].path) == checkpoints(uninterrupted.path)
     assert checkpoints(together[1].path) == checkpoints(run_in(tmp_path / "alone", other).path)
-    assert [run.path for run in runs.list_runs()] == sorted(run.path for run in together[:2])
+    assert finished() == sorted(run.path for run in together[:2])
 
 
 def vars_of(config):
@@ -183,7 +188,7 @@ def test_interrupt_leaves_runs_that_resume(config, tmp_path, monkeypatch):
     os.killpg(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 0
-    assert runs.list_runs() == [] and any(saved.rglob("resume.safetensors"))
+    assert finished() == [] and any(saved.rglob("resume.safetensors"))
     resumed = runs.fine_tune(configs[0])
     assert checkpoints(resumed.path) == checkpoints(run_in(tmp_path / "whole", configs[0]).path)
 
@@ -203,8 +208,9 @@ def test_global_generator_and_threads_are_left_as_they_were(config, tmp_path, mo
 @pytest.mark.parametrize(("values", "says"), [
     ({"lr": 1e-4}, "lr"), ({"epochs": "3"}, "epochs"), ({"epochs": 0}, "greater than 0"), ({"epochs": True}, "epochs"),
     ({"learning_rate": "1e-4"}, "learning_rate"), ({"size": "huge"}, "'mini'"), ({"precision": "float16"}, "bfloat16"),
-    ({"task": "ant"}, "halfcheetah"), ({"initialisation": "bert"}, "random-matched"), ({"gradient_clip": 0.0}, "gradient_clip"),
-    ({"residual_dropout": 1.0}, "less than 1"), ({"checkpoints": (1.5,)}, "checkpoints"),
+    ({"task": "ant"}, "halfcheetah"), ({"initialisation": "bert"}, "random-matched"),
+    ({"gradient_clip": 0.0}, "gradient_clip"), ({"residual_dropout": 1.0}, "less than 1"),
+    ({"checkpoints": (1.5,)}, "checkpoints"),
 ])
 def test_wrong_parameters_are_named(values, says):
     with pytest.raises(UserError, match=says):
@@ -212,14 +218,21 @@ def test_wrong_parameters_are_named(values, says):
 
 
 def test_every_parameter_changes_the_name():
-    changed = {"task": "walker2d", "dataset": "x.hdf5", "initialisation": "random-matched", "size": "mini", "precision": "bfloat16",
-               "compile": True, "gradient_clip": None, "checkpoints": (2,), "target_return": 1.0, "dataset_steps": 7,
+    changed = {"task": "walker2d", "dataset": "x.hdf5", "initialisation": "random-matched", "size": "mini", "dataset_steps": 7,
+               "precision": "bfloat16", "compile": True, "gradient_clip": None, "checkpoints": (2,), "target_return": 1.0,
                "residual_dropout": 0.5, "attention_dropout": 0.5, "embedding_dropout": 0.5}
     default = vars_of(runs.RunConfig())
     names = {runs.RunConfig(**{**default, key: changed.get(key, value * 2 + 1 if isinstance(value, int) else value)}).name
              if key in changed or isinstance(value, int) else runs.RunConfig(**{**default, key: value / 2}).name
              for key, value in default.items()}
     assert len(names | {runs.RunConfig().name}) == len(default) + 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_absent_devices(config, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"'{device}' is not to be had: torch sees cpu here"):
+        runs.fine_tuned([config], device=device)
 
 
 def edit_metrics(path):
@@ -257,7 +270,7 @@ def test_changed_data_are_noticed_on_resume(config, tmp_path, monkeypatch):
     original = runs.load_data(config)
     monkeypatch.setattr(runs, "load_data", lambda *a, **k: type(original)(
         original.name, original.observations + 1, original.actions, original.rewards, original.starts))
-    with pytest.raises(UserError, match="changed since"):
+    with pytest.raises(UserError, match="other data than"):
         runs.fine_tune(config)
 
 

@@ -14,9 +14,10 @@ def sampler(hopper_file):
 
 
 def build(**options):
-    return build_model("random-matched", "chibit", state_dim=11, action_dim=3, horizon=1000, seed=0, **options)
+    return build_model("random-matched", "chibit", get_task("hopper"), seed=0, **options)
 
 
+OPTIONS = {"learning_rate": 1e-3, "warmup_steps": 10, "gradient_clip": 0.25}
 NO_DROPOUT = {"residual_dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
 
 
@@ -26,7 +27,7 @@ def draw(sampler, steps, batch):
 
 def test_loss_is_the_mean_over_real_steps_and_action_dimensions():
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    windows = data.Windows(torch.zeros(2, 3, 1), torch.zeros(2, 3, 2), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long), mask)
+    windows = data.Windows(states=None, actions=torch.zeros(2, 3, 2), returns_to_go=None, time_steps=None, mask=mask)
     predicted = torch.tensor([[[1.0, 3.0], [2.0, 0.0], [9.0, 9.0]], [[0.0, 1.0], [9.0, 9.0], [9.0, 9.0]]])
     assert train.action_loss(predicted, windows).item() == pytest.approx((1 + 9 + 4 + 0 + 0 + 1) / 6)
 
@@ -36,7 +37,7 @@ def test_epoch_equals_a_plain_loop(sampler):
     starts = draw(sampler, 20, 8)
     ours, plain = build(**NO_DROPOUT), build(**NO_DROPOUT)
     optimiser = train.make_optimiser(ours, 1e-3, 1e-4, 1e-8)
-    loss = train.train_epoch(ours, optimiser, sampler, starts, first_step=0, learning_rate=1e-3, warmup_steps=10, gradient_clip=0.25)
+    loss = train.train_epoch(ours, optimiser, sampler, starts, first_step=0, **OPTIONS)
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4, foreach=False)
     schedule = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: min((step + 1) / 10, 1))
     losses = []
@@ -78,10 +79,11 @@ def test_action_error_ignores_dropout_and_batching(sampler):
     assert errors.pop() == pytest.approx(expected, abs=1e-6)
 
 
-def loss_curve(sampler, model, precision="float32"):
-    starts, optimiser = draw(sampler, 60, 16), train.make_optimiser(model, 1e-3, 1e-4, 1e-8)
-    return torch.tensor([train.train_epoch(model, optimiser, sampler, part, first_step=10 * i, learning_rate=1e-3, warmup_steps=10,
-                                           gradient_clip=0.25, precision=precision) for i, part in enumerate(starts.split(10))])
+def loss_curve(sampler, model, precision="float32", device="cpu"):
+    """Mean losses of six times ten steps."""
+    optimiser = train.make_optimiser(model, 1e-3, 1e-4, 1e-8)
+    return torch.tensor([train.train_epoch(model, optimiser, sampler, part, first_step=10 * i, precision=precision, **OPTIONS)
+                         for i, part in enumerate(draw(sampler, 60, 16).to(device).split(10))])
 
 
 def test_bfloat16_follows_float32(sampler):
@@ -101,11 +103,5 @@ def test_cuda_follows_the_cpu(sampler, hopper_file):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA card")
     on_card = data.WindowSampler(data.load(str(hopper_file), get_task("hopper")), 5, 1000.0, "cuda")
-    starts = draw(sampler, 50, 16)
-    curves = {}
-    for device, windows in (("cpu", sampler), ("cuda", on_card)):
-        model = build(**NO_DROPOUT).to(device)
-        optimiser = train.make_optimiser(model, 1e-3, 1e-4, 1e-8)
-        curves[device] = torch.tensor([train.train_epoch(model, optimiser, windows, part.to(device), first_step=i, learning_rate=1e-3,
-                                                         warmup_steps=10, gradient_clip=0.25) for i, part in enumerate(starts.split(1))])
-    torch.testing.assert_close(curves["cuda"], curves["cpu"], rtol=0.01, atol=0)
+    cuda = loss_curve(on_card, build(**NO_DROPOUT).to("cuda"), device="cuda")
+    torch.testing.assert_close(cuda, loss_curve(sampler, build(**NO_DROPOUT)), rtol=0.01, atol=0)
