@@ -1,7 +1,4 @@
-"""Offline data made here: the shipped policies act in the real environments, into a file in D4RL's layout.
-
-``policies/<task>``: actors saved along a soft actor-critic's training, its curve.csv, and which make what (policies.json).
-"""
+"""Offline data made here: the actors in ``policies/<task>`` act in the real environment, into a file in D4RL's layout."""
 
 import hashlib
 import io

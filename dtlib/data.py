@@ -231,9 +231,9 @@ class Windows(NamedTuple):
 class WindowSampler:
     """All trajectories on one device, and any window of them by indexing; ``context`` is K.
 
-    A window is named by its first step, a row from 0 to ``number_of_steps`` − 1. Rows drawn uniformly give the
-    papers' distribution: an episode with probability proportional to its length, then a start uniformly in it.
-    Deviation [code]: the released code leaves the episode of lowest return out, by a strict ``<``; here none is.
+    A window is named by its first step, a row from 0 to ``number_of_steps`` − 1. Rows drawn uniformly give the papers'
+    windows: an episode in proportion to its length, a start uniformly in it. (The released code leaves out the episode of
+    lowest return, by a strict ``<``.)
     """
 
     def __init__(self, trajectories: Trajectories, context: int, return_scale: float, device: torch.device | str = "cpu"):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
@@ -13,8 +14,7 @@ from filelock import FileLock, Timeout
 class UserError(Exception):
     """Something the user can put right: one sentence says what was wrong, what was expected and what to do."""
 
-    def _render_traceback_(self) -> list[str]:
-        # IPython asks an exception for this before drawing its own traceback.
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in place of a traceback
         return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]
 
 
@@ -24,9 +24,8 @@ def no_room(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors and HDF5 wrap the system's error: their text still carries it.
-        full = [errno.ENOSPC, errno.EFBIG, errno.EDQUOT]
-        if getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full):
+        # By its text, which still carries the system's error where safetensors wraps it.
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)):
             raise UserError(f"No room to write {path}: the disk is full or a size limit was reached ({error}); "
                             "free some space, or point DTLIB_CACHE to a larger disk, and run again.") from error
         raise
@@ -67,6 +66,11 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """What to state beside every number: the versions of the libraries that it depends on."""
+    return {name: version(name) for name in ("torch", "transformers", "gymnasium", "mujoco", "numpy")}
 
 
 def cache_root() -> Path:

@@ -95,9 +95,7 @@ class DecisionTransformer(nn.Module):
     """Predict a_t from (R̂_1, s_1, a_1, …, R̂_t, s_t) (papers A and B; Chen et al. 2021).
 
     The time-step embedding is added after the input LayerNorm, as in A and B (Chen et al. add it before), and the action
-    head is the transposed action embedding without bias. Neither word nor position table exists here.
-
-    ``backbone`` is the config of the blocks, with its dropout rates.
+    head is the transposed action embedding without bias. There is no word or position table. ``backbone``: the blocks' config.
     """
 
     def __init__(self, task: Task, backbone: GPT2Config | ImageGPTConfig):
@@ -115,8 +113,7 @@ class DecisionTransformer(nn.Module):
     def embed(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """Tokens (B, T, D) in the order R̂_1, s_1, a_1, R̂_2, …; shapes of the arguments as in ``forward``."""
         kinds = (self.embed_return(returns_to_go.unsqueeze(-1)), self.embed_state(states), self.embed_action(actions))
-        tokens = self.embed_ln(torch.stack(kinds, dim=2)) + self.embed_time(time_steps).unsqueeze(2)  # (B, K, 3, D)
-        return tokens.flatten(1, 2)
+        return (self.embed_ln(torch.stack(kinds, dim=2)) + self.embed_time(time_steps).unsqueeze(2)).flatten(1, 2)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """The blocks and the final norm: (B, T, D) → (B, T, D). Causal: padding that comes last needs no mask."""
@@ -126,10 +123,6 @@ class DecisionTransformer(nn.Module):
             hidden = output[0] if isinstance(output, tuple) else output  # ImageGPT's blocks return a tuple
         return self.ln_f(hidden)
 
-    def predict_action(self, hidden: Tensor) -> Tensor:
-        """State tokens' hidden states (..., D) → actions (..., A) in (-1, 1): tanh(W_aᵀ h), W_a the action embedding."""
-        return torch.tanh(hidden @ self.embed_action.weight)
-
     def forward(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """Predicted actions (B, K, A).
 
@@ -137,7 +130,7 @@ class DecisionTransformer(nn.Module):
         scaled; time_steps (B, K) int64 below ``horizon``. Windows are padded on the right.
         """
         hidden = self.hidden(self.embed(states, actions, returns_to_go, time_steps))
-        return self.predict_action(hidden[:, 1::3])
+        return torch.tanh(hidden[:, 1::3] @ self.embed_action.weight)  # from the state tokens: â = tanh(W_aᵀ h)
 
 
 def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]]:
@@ -165,22 +158,21 @@ def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]
     return {"kept": kept, "left_out": left_out, "new": new}
 
 
-def build_model(initialisation: str, size: str, task: Task, *, seed: int, residual_dropout: float = 0.2,
-                attention_dropout: float = 0.1, embedding_dropout: float = 0.1,
+def build_model(initialisation: str, size: str, task: Task, seed: int, dropout: tuple[float, float, float] = (0.2, 0.1, 0.1),
                 time_embedding_std: float = 1.0) -> DecisionTransformer:
     """A Decision Transformer at its starting point, float32, on the CPU, in training mode; the same for the same seed.
 
     Layers other than the blocks start as torch's defaults, the time-step table as a standard normal [code]: added after the
     input norm it is as large as all else, which long training overcomes; ``time_embedding_std`` shrinks it for short runs.
-    ``size`` is that of random weights; pre-trained ones bring theirs. Raises UserError for unknown names and unfit files.
+    ``size``: of random weights. ``dropout``: residual, attention, embedding. Raises UserError: unknown names, unfit files.
     """
     row = get_initialisation(initialisation)
     if size not in SIZES:
         raise UserError(f"Unknown size {size!r}: expected one of {', '.join(SIZES)}.")
-    dropout = {"resid_pdrop": residual_dropout, "attn_pdrop": attention_dropout, "embd_pdrop": embedding_dropout}
     # The word and position tables are dropped: one row each will do. ImageGPT's causal mask takes its size from n_positions.
     plain = {"vocab_size": 1, "n_positions": 1 if row.carrier == "gpt2" else 1024, "use_cache": False,
-             "bos_token_id": None, "eos_token_id": None, **dropout}
+             "bos_token_id": None, "eos_token_id": None,
+             **dict(zip(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout, strict=True))}
     if row.weights is None:
         blocks, width, heads = SIZES[size]
         plain |= {"n_layer": blocks, "n_embd": width, "n_head": row.heads or heads, "activation_function": row.activation}

@@ -2,8 +2,6 @@
 
 import json
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,7 +9,7 @@ import numpy as np
 import pandas as pd
 from pydantic_core import to_json
 
-from dtlib.errors import UserError, atomic_write
+from dtlib.errors import UserError, atomic_write, versions
 
 # Colour, marker, line style; the colours of the first three are paper A's, and all can be told apart without colour.
 STYLES: dict[str, tuple[tuple[float, float, float], str, str]] = {
@@ -80,9 +78,8 @@ class Output:
 
     def record(self, results: dict) -> None:
         """Write results.json: ``results`` (numbers at full precision, NaN as null), the profile, the versions."""
-        versions = {name: version(name) for name in ("torch", "transformers", "gymnasium", "mujoco", "numpy")}
-        about = {"profile": self.profile, "overrides": json.loads(os.environ.get("DTLIB_OVERRIDES", "{}")),
-                 "versions": {"python": platform.python_version(), **versions}}
+        overrides = json.loads(os.environ.get("DTLIB_OVERRIDES", "{}"))
+        about = {"profile": self.profile, "overrides": overrides, "versions": versions()}
         plain = json.loads(to_json({**results, **about}, inf_nan_mode="null", fallback=lambda value: value.tolist()))
         with atomic_write(self.folder / "results.json") as path:
             path.write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")

@@ -1,7 +1,5 @@
 """A fine-tuning run on disk: a config goes in, checkpoints and metrics come out; asked for twice, it is trained once."""
 
-import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,10 +8,9 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from importlib.metadata import version
 from multiprocessing.managers import BaseProxy
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,24 +24,20 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dtlib import data
-from dtlib.errors import UserError, atomic_write, cache_root, locked
+from dtlib.errors import UserError, atomic_write, cache_root, locked, versions
 from dtlib.evaluate import rollout
 from dtlib.model import CARRIERS, SIZES, DecisionTransformer, build_model, get_initialisation, load_checkpoint
-from dtlib.seeding import generator, stream_seed
+from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
 from dtlib.train import action_error, make_optimiser, train_epoch
 
-ERROR_WINDOWS = 512  # windows that measure the action error after each epoch, the same for every model on a data set
 Count, Whole = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]
 Positive, Probability = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class RunConfig:
-    """Everything that decides a fine-tuning run. The defaults are paper A's setting, but for the data: collected here.
-
-    Raises UserError for unknown names, types and values.
-    """
+    """All that decides a run; by default paper A's setting, but for the data. Raises UserError for wrong names and values."""
 
     task: str = "hopper"
     dataset: str = "collected:medium"
@@ -61,9 +54,7 @@ class RunConfig:
     weight_decay: float = Field(1e-4, ge=0)
     adam_epsilon: Positive = 1e-8
     gradient_clip: Positive | None = 0.25  # None: no clipping
-    residual_dropout: Probability = 0.2
-    attention_dropout: Probability = 0.1
-    embedding_dropout: Probability = 0.1
+    dropout: Annotated[tuple[Probability, Probability, Probability], Field(strict=False)] = (0.2, 0.1, 0.1)  # see build_model
     time_embedding_std: float = Field(1.0, ge=0)  # see build_model
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False  # train through torch.compile
@@ -78,8 +69,7 @@ class RunConfig:
             config = build(values)
         except ValidationError as error:
             first, known = error.errors()[0], ", ".join(field.name for field in dataclasses.fields(cls))
-            where = f"{first['loc'][0]}={first['input']!r}"
-            raise UserError(f"Run parameter {where}: {first['msg']}. The parameters are {known}.") from error
+            raise UserError(f"Parameter {first['loc'][0]}={first['input']!r}: {first['msg']}. Known are {known}.") from error
         get_initialisation(config.initialisation)
         if config.target_return is None:
             object.__setattr__(config, "target_return", get_task(config.task).targets[0])
@@ -93,7 +83,6 @@ class RunConfig:
 
 
 def runs_root() -> Path:
-    """Where finished runs lie, each in a folder of its own."""
     return cache_root() / "runs"
 
 
@@ -162,37 +151,27 @@ def _load_state(path: Path, model: DecisionTransformer, optimiser: torch.optim.O
     with safe_open(path, framework="pt") as file:
         tensors, progress = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["progress"])
     model.load_state_dict({name: tensors.pop(f"model.{name}") for name in model.state_dict()})
-    moments = collections.defaultdict(dict)
-    for name, tensor in tensors.items():
-        key, i = name.split(".")
-        moments[int(i)][key] = tensor
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": dict(moments)})
+    moments = {i: {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+               for i, _ in enumerate(model.parameters()) if f"step.{i}" in tensors}  # before the first step there are none
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
     return progress
-
-
-@contextlib.contextmanager
-def _deterministic(device: str) -> Iterator[None]:
-    """One thread on the CPU, so that the bytes do not depend on how many cores there are; the global generators restored."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if device == "cpu" else threads)
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device == "cuda" else []):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int], None]) -> None:
     """Train in ``folder``, from its last finished epoch if there is one, and leave run.json and the checkpoints there."""
     task, trajectories = get_task(config.task), load_data(config, progress=False)
     sampler = data.WindowSampler(trajectories, config.context, task.return_scale, device)
-    model = build_model(config.initialisation, config.size, task, seed=config.seed, residual_dropout=config.residual_dropout,
-                        attention_dropout=config.attention_dropout, embedding_dropout=config.embedding_dropout,
-                        time_embedding_std=config.time_embedding_std).to(device)
+    start = config.initialisation, config.size, task, config.seed, config.dropout, config.time_embedding_std
+    model = build_model(*start).to(device)
     # Rollouts meet many shapes and stay eager; both share the parameters.
     training_model = torch.compile(model) if config.compile else model
     optimiser = make_optimiser(model, config.learning_rate, config.weight_decay, config.adam_epsilon)
-    fixed = torch.randint(sampler.number_of_steps, (ERROR_WINDOWS,), generator=generator(0, "action error")).to(device)
+
+    def draw(seed: int, *shape: int) -> torch.Tensor:
+        # Windows' starts, drawn on the CPU, so that every device gets the same.
+        return torch.randint(sampler.number_of_steps, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+    fixed = draw(stream_seed(0, "action error"), 512)  # the same windows for every model on a data set
     state = folder / "resume.safetensors"
     progress = {"fingerprint": trajectories.fingerprint, "metrics": [], "seconds": {"training": 0.0, "evaluation": 0.0}}
     if state.exists():
@@ -205,8 +184,7 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
         loss, step, began = None, epoch * config.steps_per_epoch, time.perf_counter()
         if epoch > 0:
             torch.manual_seed(stream_seed(config.seed, "dropout", epoch))
-            starts = torch.randint(sampler.number_of_steps, (config.steps_per_epoch, config.batch_size),
-                                   generator=generator(config.seed, "batches", epoch)).to(device)
+            starts = draw(stream_seed(config.seed, "batches", epoch), config.steps_per_epoch, config.batch_size)
             loss = train_epoch(training_model, optimiser, sampler, starts, first_step=step - config.steps_per_epoch,
                                learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
                                gradient_clip=config.gradient_clip, precision=config.precision, on_step=lambda: on_steps(1))
@@ -228,8 +206,7 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
         "data": {"fingerprint": trajectories.fingerprint, "summary": trajectories.summary(),
                  "state_mean": trajectories.state_mean.tolist(), "state_std": trajectories.state_std.tolist()},
         "provenance": {"device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-                       "seconds": progress["seconds"], "python": platform.python_version(),
-                       **{name: version(name) for name in ("torch", "transformers", "gymnasium", "mujoco", "numpy")}},
+                       "seconds": progress["seconds"], "versions": versions()},
         "checkpoints": {file.name: _sha256(file) for file in sorted(folder.glob("epoch_*.safetensors"))}}
     with atomic_write(folder / "run.json") as temporary:
         temporary.write_text(json.dumps({"checksum": _sha256(record), **record}, indent=1) + "\n")
@@ -251,8 +228,14 @@ def fine_tune(config: RunConfig, device: str = "cpu", on_steps: Callable[[int], 
         for leftover in growing.glob(".writing-*"):
             leftover.unlink()
         if not (growing / "run.json").exists() or (growing / "resume.safetensors").exists():
-            with _deterministic(device):
-                _train(config, growing, device, on_steps)
+            threads = torch.get_num_threads()
+            # One thread on the CPU, so that the bytes do not depend on how many cores there are.
+            torch.set_num_threads(1 if device == "cpu" else threads)
+            try:
+                with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else []):
+                    _train(config, growing, device, on_steps)
+            finally:
+                torch.set_num_threads(threads)
         os.rename(growing, final)
         return Run.open(final)
 

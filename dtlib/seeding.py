@@ -3,14 +3,8 @@
 import zlib
 
 import numpy as np
-import torch
 
 
 def stream_seed(seed: int, purpose: str, index: int = 0) -> int:
     """A 63-bit seed for the stream ``(seed, purpose, index)``."""
     return int(np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), index]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A generator for that stream, on the CPU, so that every device gets the same numbers."""
-    return torch.Generator().manual_seed(stream_seed(seed, purpose, index))

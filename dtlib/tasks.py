@@ -27,11 +27,8 @@ class Task:
     return_scale: float = 1000.0  # returns-to-go are divided by this before the model sees them
 
     def scores(self, returns: float | np.ndarray) -> dict[str, float | np.ndarray]:
-        """Normalised scores, 100·(return − random)/(expert − random), of one return or an array of them.
-
-        ``D4RL`` takes D4RL's constants, ``Takagi`` the mean returns of D4RL's random and expert data sets, as
-        Takagi (2022) did. The two scales differ by up to 12 %, so a score says nothing without its name.
-        """
+        """Normalised scores 100·(return − random)/(expert − random): ``D4RL`` with D4RL's constants, ``Takagi`` with the mean
+        returns of D4RL's random and expert data sets. They differ by up to 14 %: a score says nothing without its name."""
         references = {"D4RL": self.d4rl_reference, "Takagi": self.takagi_reference}
         return {scale: 100 * (returns - random) / (expert - random) for scale, (random, expert) in references.items()}
 

@@ -11,8 +11,7 @@ from dtlib.model import DecisionTransformer
 
 def action_loss(predicted: Tensor, windows: Windows) -> Tensor:
     """Mean over real (not padded) steps and action dimensions of (â − a)², the papers' whole loss; predicted (B, K, A)."""
-    squared = (predicted - windows.actions).square().mean(-1)  # (B, K)
-    return (squared * windows.mask).sum() / windows.mask.sum()
+    return ((predicted - windows.actions).square().mean(-1) * windows.mask).sum() / windows.mask.sum()
 
 
 def make_optimiser(model: DecisionTransformer, learning_rate: float, weight_decay: float, epsilon: float) -> torch.optim.AdamW:

@@ -100,7 +100,7 @@ def test_record_keeps_every_digit_and_says_where_it_comes_from(tmp_path, monkeyp
     results = json.loads(text)
     assert results["b"]["score"] == 1 / 3 and results["a"] is None
     assert results["profile"] == "smoke" and results["overrides"] == {"epochs": 2}
-    assert {"python", "torch", "mujoco"} <= set(results["versions"])
+    assert {"torch", "mujoco", "gymnasium"} <= set(results["versions"])
     assert text.index('"a"') < text.index('"b"') < text.index('"overrides"')
 
 

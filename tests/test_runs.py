@@ -209,7 +209,7 @@ def test_global_generator_and_threads_are_left_as_they_were(config, tmp_path, mo
     ({"lr": 1e-4}, "lr"), ({"epochs": "3"}, "epochs"), ({"epochs": 0}, "greater than 0"), ({"epochs": True}, "epochs"),
     ({"learning_rate": "1e-4"}, "learning_rate"), ({"size": "huge"}, "'mini'"), ({"precision": "float16"}, "bfloat16"),
     ({"task": "ant"}, "halfcheetah"), ({"initialisation": "bert"}, "random-matched"),
-    ({"gradient_clip": 0.0}, "gradient_clip"), ({"residual_dropout": 1.0}, "less than 1"),
+    ({"gradient_clip": 0.0}, "gradient_clip"), ({"dropout": (0.1, 0.1, 1.0)}, "less than 1"),
     ({"checkpoints": (1.5,)}, "checkpoints"),
 ])
 def test_wrong_parameters_are_named(values, says):
@@ -220,7 +220,7 @@ def test_wrong_parameters_are_named(values, says):
 def test_every_parameter_changes_the_name():
     changed = {"task": "walker2d", "dataset": "x.hdf5", "initialisation": "random-matched", "size": "mini", "dataset_steps": 7,
                "precision": "bfloat16", "compile": True, "gradient_clip": None, "checkpoints": (2,), "target_return": 1.0,
-               "residual_dropout": 0.5, "attention_dropout": 0.5, "embedding_dropout": 0.5}
+               "dropout": (0.5, 0.1, 0.1)}
     default = vars_of(runs.RunConfig())
     names = {runs.RunConfig(**{**default, key: changed.get(key, value * 2 + 1 if isinstance(value, int) else value)}).name
              if key in changed or isinstance(value, int) else runs.RunConfig(**{**default, key: value / 2}).name

@@ -18,7 +18,7 @@ def build(**options):
 
 
 OPTIONS = {"learning_rate": 1e-3, "warmup_steps": 10, "gradient_clip": 0.25}
-NO_DROPOUT = {"residual_dropout": 0.0, "attention_dropout": 0.0, "embedding_dropout": 0.0}
+NO_DROPOUT = {"dropout": (0.0, 0.0, 0.0)}
 
 
 def draw(sampler, steps, batch):
@@ -88,7 +88,7 @@ def loss_curve(sampler, model, precision="float32", device="cpu"):
 
 def test_bfloat16_follows_float32(sampler):
     full, half = loss_curve(sampler, build(**NO_DROPOUT)), loss_curve(sampler, build(**NO_DROPOUT), "bfloat16")
-    assert full[-1] < 0.9 * full[0]
+    assert full[-1] < 0.95 * full[0]
     torch.testing.assert_close(half, full, rtol=0.02, atol=0)
     assert not torch.equal(half, full)
 
