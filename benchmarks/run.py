@@ -97,7 +97,7 @@ def main() -> None:
     print(f"{platform.platform()}, {os.cpu_count()} cores; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
     trajectories = collecting()
     loading(trajectories)
-    for size, context, batch, steps in (("mini", 20, 16, 30), ("mini", 20, 64, 10), ("mini", 1, 64, 60), ("chibit", 20, 64, 9)):
+    for size, context, batch, steps in (("mini", 20, 8, 60), ("mini", 20, 64, 9), ("mini", 1, 64, 60), ("chibit", 20, 64, 9)):
         training(trajectories, size, context, batch, steps)
     for context in (1, 20):
         rollouts(trajectories, context)
