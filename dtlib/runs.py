@@ -241,8 +241,6 @@ def fine_tune(config: RunConfig, device: str = "cpu", on_steps: Callable[[int], 
 
 
 def _work(config: RunConfig, reports: BaseProxy, stop: BaseProxy) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and sets ``stop``
-
     def report(steps: int) -> None:
         reports.put(steps)  # fails, and so ends this process too, if the parent was killed
         if stop.is_set():
@@ -255,7 +253,10 @@ def _train_side_by_side(configs: list[RunConfig], processes: int, bar: tqdm) -> 
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
         reports, stop = manager.Queue(), manager.Event()
+        # Workers inherit this even while they start: Ctrl-C is for the parent, which sets ``stop``.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         pending = {pool.submit(_work, config, reports, stop) for config in configs}
+        signal.signal(signal.SIGINT, handler)
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
