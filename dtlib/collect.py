@@ -1,8 +1,14 @@
 """Offline data made here: the actors in ``policies/<task>`` act in the real environment, into a file in D4RL's layout."""
 
+import contextlib
+import functools
 import hashlib
 import io
+import itertools
 import json
+import os
+import threading
+from multiprocessing import current_process
 from pathlib import Path
 
 import gymnasium
@@ -14,14 +20,16 @@ from tqdm import tqdm
 
 from dtlib.errors import UserError, atomic_write, cache_root, locked
 from dtlib.tasks import Task
+from dtlib.workers import Workers, report
 
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 POLICIES = Path(__file__).parent / "policies"
-LOCKSTEP = 8  # environments side by side; a multiple of 4, see act
+STEPS_A_PROCESS = 10_000  # for fewer, starting another process takes longer than it saves
 COLUMNS = {"observations": np.float32, "actions": np.float32, "rewards": np.float32, "terminals": bool,
            "timeouts": bool, "next_observations": np.float32}
 Weights = dict[str, np.ndarray] | None  # an actor's, (out, in) as in torch; None: uniformly random actions
 Episode = dict[str, np.ndarray]  # the columns, one row a step
+_four_environments = functools.cache(lambda task, thread: [task.make_environment() for _ in range(4)])  # a thread's own
 
 
 def act(weights: Weights, states: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -43,8 +51,8 @@ def act(weights: Weights, states: np.ndarray, noise: np.ndarray) -> np.ndarray:
 def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool = True) -> Path:
     """The HDF5 file with ``steps`` steps of ``quality``, made on first use; the same arguments give the same bytes.
 
-    Several policies share the steps evenly, in whole episodes; only the last episode is cut, at exactly ``steps``, as
-    in D4RL. ``UserError``: unknown quality, a policy that is not shipped, steps or seed out of range, a full disk.
+    Several policies share the steps evenly, in whole episodes; only the last is cut, at exactly ``steps``, as in D4RL.
+    ``UserError``: unknown quality, a policy not shipped, steps or seed out of range, a full disk, a killed process.
     """
     policies = _policies(task, quality)
     if steps < 1 or seed < 0:
@@ -55,11 +63,20 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
     with locked(out):
         if out.exists():
             return out
-        environments, parts = [task.make_environment() for _ in range(LOCKSTEP)], []
-        with tqdm(desc=f"collecting {task.name} {quality}", total=steps, unit=" steps", disable=not progress) as bar:
+        # A daemon must not have children.
+        processes = 1 if current_process().daemon else min(os.cpu_count() or 1, steps // STEPS_A_PROCESS)
+        parts, taken = [], 0
+        with (Workers(processes, "free some and run again") if processes > 1 else contextlib.nullcontext() as pool,
+              tqdm(desc=f"collecting {task.name} {quality}", total=steps, unit=" steps", disable=not progress) as bar):
             for done, path in enumerate(policies, 1):
-                share = steps * done // len(policies) - sum(len(part["rewards"]) for part in parts)
-                parts += _episodes(environments, load_file(path) if path else None, seed, share, bar)
+                four = functools.partial(_four_episodes, task, load_file(path) if path else None, seed)
+                # In order, 1024 at a time: workers go ahead, and what turns out not to be needed is cancelled or dropped.
+                fours = (f for i in itertools.count(0, 256) for f in (pool.map if pool else map)(four, range(i, i + 256)))
+                episodes = itertools.chain.from_iterable(fours)
+                while taken < steps * done // len(policies):
+                    parts.append(next(episodes))
+                    taken += len(parts[-1]["rewards"])
+                    bar.update(min(taken, steps) - bar.n)
         with h5py.File(image := io.BytesIO(), "w") as file:  # in memory: on a full disk HDF5 itself crashes
             for key in COLUMNS:  # without creation times: the bytes depend on the arguments alone
                 file.create_dataset(key, data=np.concatenate([part[key] for part in parts])[:steps], track_times=False)
@@ -81,29 +98,24 @@ def _policies(task: Task, quality: str) -> list[Path | None]:
     return [plan.with_name(f"{step}.safetensors") for name in wanted for step in np.atleast_1d(shipped[name])] or [None]
 
 
-def _episodes(environments: list[gymnasium.Env], weights: Weights, seed: int, steps: int, bar: tqdm) -> list[Episode]:
-    """Whole episodes 0, 1, 2, … until they make ``steps``; episode i depends on the policy, ``seed`` and i alone."""
-    states = np.zeros((LOCKSTEP, *environments[0].observation_space.shape), np.float32)
-    noise = np.zeros((LOCKSTEP, width := environments[0].action_space.shape[0]), np.float32)
-    episodes, running, taken = [], {}, 0
-    while running or taken < steps:
-        # A free environment takes the next number. What has started runs to its end: short episodes are not favoured.
-        for slot, environment in enumerate(environments):
-            if slot not in running and taken < steps:
-                generator = np.random.default_rng([seed, len(episodes)])
-                states[slot], _ = environment.reset(seed=int(generator.integers(2**31)))
-                running[slot] = len(episodes), generator, []
-                episodes.append({})
-        for slot, (_, generator, _) in running.items():
-            noise[slot] = generator.standard_normal(width) if weights else generator.uniform(-1, 1, width)
-        actions = act(weights, states, noise)  # idle rows too: the batch keeps its shape, and so its rounding
-        bar.update(max(0, min(len(running), steps - taken)))
-        taken += len(running)
-        for slot, (number, _, rows) in list(running.items()):
+def _four_episodes(task: Task, weights: Weights, seed: int, group: int) -> list[Episode]:
+    """Whole episodes 4·``group`` to 4·``group`` + 3, side by side; each depends on policy, ``seed`` and its number alone."""
+    environments = _four_environments(task, threading.get_ident())
+    generators = [np.random.default_rng([seed, 4 * group + slot]) for slot in range(4)]
+    states, noise = np.zeros((4, task.state_dim), np.float32), np.zeros((4, task.action_dim), np.float32)
+    for slot, generator in enumerate(generators):
+        states[slot], _ = environments[slot].reset(seed=int(generator.integers(2**31)))
+    running, rows = [0, 1, 2, 3], ([], [], [], [])
+    while running:
+        report(len(running))
+        for slot in running:
+            generator, size = generators[slot], task.action_dim
+            noise[slot] = generator.standard_normal(size) if weights else generator.uniform(-1, 1, size)
+        actions = act(weights, states, noise)  # idle rows too, see there
+        for slot in running.copy():
             following, reward, terminal, timeout, _ = environments[slot].step(actions[slot])
-            rows.append((states[slot].copy(), actions[slot], reward, terminal, timeout, following))
+            rows[slot].append((states[slot].copy(), actions[slot], reward, terminal, timeout, following))
             states[slot] = following
             if terminal or timeout:
-                episodes[number] = {key: np.array([r[i] for r in rows], COLUMNS[key]) for i, key in enumerate(COLUMNS)}
-                del running[slot]
-    return episodes[:np.searchsorted(np.cumsum([0, *(len(episode["rewards"]) for episode in episodes)]), steps)]
+                running.remove(slot)
+    return [{key: np.array([row[i] for row in part], COLUMNS[key]) for i, key in enumerate(COLUMNS)} for part in rows]

@@ -1,14 +1,17 @@
 """The one exception that users see, and the one way to write a file that is either whole or absent."""
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 
 class UserError(Exception):
@@ -66,6 +69,21 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checked(cls: type, values: object, build: Callable) -> object:
+    """``build(values)``, a pydantic dataclass; a wrong name, type or value is a ``UserError`` that names the known ones."""
+    try:
+        return build(values)
+    except ValidationError as error:
+        first, known = error.errors()[0], ", ".join(field.name for field in dataclasses.fields(cls))
+        raise UserError(f"Parameter {first['loc'][0]}={first['input']!r}: {first['msg']}. Known are {known}.") from error
 
 
 def versions() -> dict[str, str]:

@@ -3,33 +3,29 @@
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
-import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.managers import BaseProxy
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dtlib import data
-from dtlib.errors import UserError, atomic_write, cache_root, locked, versions
+from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, sha256, versions
 from dtlib.evaluate import rollout
 from dtlib.model import CARRIERS, SIZES, DecisionTransformer, build_model, get_initialisation, load_checkpoint
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
-from dtlib.train import action_error, make_optimiser, train_epoch
+from dtlib.train import action_error, choose_device, load_state, make_optimiser, save_state, train_epoch
+from dtlib.workers import Workers, report
 
 Count, Whole = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]
 Positive, Probability = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0, lt=1)]
@@ -43,7 +39,7 @@ class RunConfig:
     dataset: str = "collected:medium"
     dataset_steps: Count | None = None  # to collect (None: 100,000) or to read of a file (None: all)
     initialisation: str = "random"
-    size: Literal[tuple(SIZES)] = "gpt2"  # of random weights; pre-trained ones bring theirs
+    size: Literal[tuple(SIZES)] = "gpt2"  # of random weights and of those made here; others bring theirs
     context: Count = 20
     seed: Whole = 0
     epochs: Count = 40
@@ -65,11 +61,7 @@ class RunConfig:
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, values: object, build: Callable) -> "RunConfig":
-        try:
-            config = build(values)
-        except ValidationError as error:
-            first, known = error.errors()[0], ", ".join(field.name for field in dataclasses.fields(cls))
-            raise UserError(f"Parameter {first['loc'][0]}={first['input']!r}: {first['msg']}. Known are {known}.") from error
+        config = checked(cls, values, build)
         get_initialisation(config.initialisation)
         if config.target_return is None:
             object.__setattr__(config, "target_return", get_task(config.task).targets[0])
@@ -86,12 +78,8 @@ def runs_root() -> Path:
     return cache_root() / "runs"
 
 
-def _sha256(content: Path | dict) -> str:
-    """Of a file, or of a record but for its own checksum."""
-    if isinstance(content, dict):
-        return hashlib.sha256(json.dumps({k: v for k, v in content.items() if k != "checksum"}).encode()).hexdigest()
-    with open(content, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(record: dict) -> str:
+    return hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != "checksum"}).encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +99,7 @@ class Run:
         try:
             record = json.loads((path / "run.json").read_text())
             config = RunConfig(**record["config"])
-            if record["checksum"] != _sha256(record) or config.name != path.name:
+            if record["checksum"] != _checksum(record) or config.name != path.name:
                 raise ValueError("run.json was changed")
             return cls(config, path, record, record["metrics"])
         except (OSError, ValueError, TypeError, KeyError, UserError) as error:
@@ -127,7 +115,7 @@ class Run:
         digests = self.record["checkpoints"]
         if path.name not in digests:
             raise UserError(f"{self.path.name} has no {path.name}: choose one that it keeps, {', '.join(digests)}.")
-        if not path.is_file() or _sha256(path) != digests[path.name]:
+        if not path.is_file() or sha256(path) != digests[path.name]:
             raise UserError(f"{path} was changed or removed: delete its folder and run again.")
         backbone = self.record["backbone"]
         model = DecisionTransformer(get_task(self.config.task), CARRIERS[backbone["model_type"]][0].from_dict(backbone))
@@ -138,23 +126,6 @@ class Run:
 def load_data(config: RunConfig, progress: bool = True) -> data.Trajectories:
     """The run's trajectories (collected or downloaded on first use)."""
     return data.load(config.dataset, get_task(config.task), steps=config.dataset_steps, progress=progress)
-
-
-def _save_state(path: Path, model: DecisionTransformer, optimiser: torch.optim.Optimizer, progress: dict) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"{key}.{i}": value for i, state in optimiser.state_dict()["state"].items() for key, value in state.items()}
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
-
-
-def _load_state(path: Path, model: DecisionTransformer, optimiser: torch.optim.Optimizer) -> dict:
-    with safe_open(path, framework="pt") as file:
-        tensors, progress = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["progress"])
-    model.load_state_dict({name: tensors.pop(f"model.{name}") for name in model.state_dict()})
-    moments = {i: {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-               for i, _ in enumerate(model.parameters()) if f"step.{i}" in tensors}  # before the first step there are none
-    optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
-    return progress
 
 
 def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int], None]) -> None:
@@ -175,7 +146,7 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
     state = folder / "resume.safetensors"
     progress = {"fingerprint": trajectories.fingerprint, "metrics": [], "seconds": {"training": 0.0, "evaluation": 0.0}}
     if state.exists():
-        progress = _load_state(state, model, optimiser)
+        progress = load_state(state, model, optimiser)
         if progress["fingerprint"] != trajectories.fingerprint:
             raise UserError(f"{config.dataset!r} has other data than when {folder} was begun: delete that folder.")
         on_steps(progress["metrics"][-1]["step"])
@@ -200,16 +171,16 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
         if epoch in (0, config.epochs, *config.checkpoints):
             with atomic_write(folder / f"epoch_{epoch:03d}.safetensors") as temporary:
                 save_file({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary)
-        _save_state(state, model, optimiser, progress)
+        save_state(state, model, optimiser, progress)
     record = {
         "config": dataclasses.asdict(config), "backbone": model.config.to_dict(), "metrics": progress["metrics"],
         "data": {"fingerprint": trajectories.fingerprint, "summary": trajectories.summary(),
                  "state_mean": trajectories.state_mean.tolist(), "state_std": trajectories.state_std.tolist()},
         "provenance": {"device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
                        "seconds": progress["seconds"], "versions": versions()},
-        "checkpoints": {file.name: _sha256(file) for file in sorted(folder.glob("epoch_*.safetensors"))}}
+        "checkpoints": {file.name: sha256(file) for file in sorted(folder.glob("epoch_*.safetensors"))}}
     with atomic_write(folder / "run.json") as temporary:
-        temporary.write_text(json.dumps({"checksum": _sha256(record), **record}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"checksum": _checksum(record), **record}, indent=1) + "\n")
     state.unlink()
 
 
@@ -240,37 +211,6 @@ def fine_tune(config: RunConfig, device: str = "cpu", on_steps: Callable[[int], 
         return Run.open(final)
 
 
-def _work(config: RunConfig, reports: BaseProxy, stop: BaseProxy) -> None:
-    def report(steps: int) -> None:
-        reports.put(steps)  # fails, and so ends this process too, if the parent was killed
-        if stop.is_set():
-            raise KeyboardInterrupt
-    fine_tune(config, "cpu", report)
-
-
-def _train_side_by_side(configs: list[RunConfig], processes: int, bar: tqdm) -> None:
-    """Train on the CPU, one process and one thread a run: faster than one run on all cores."""
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
-        reports, stop = manager.Queue(), manager.Event()
-        # Workers inherit this even while they start: Ctrl-C is for the parent, which sets ``stop``.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        pending = {pool.submit(_work, config, reports, stop) for config in configs}
-        signal.signal(signal.SIGINT, handler)
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not reports.empty():
-                    bar.update(reports.get())
-                for future in done:
-                    future.result()
-        except BrokenProcessPool as error:
-            raise UserError("A training process was killed, perhaps for lack of memory: try processes=1.") from error
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
 def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | None = None,
                progress: bool = True) -> list[Run]:
     """The finished runs of ``configs``, in order; missing ones are trained, on a CPU several at once (default: one a core).
@@ -278,19 +218,21 @@ def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | 
     ``device`` "auto" is "cuda" where there is one, else "cpu". Ctrl-C leaves every run resumable from its last finished
     epoch. Raises UserError for an absent device, and as the data do.
     """
-    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    if device not in ("auto", *available):
-        raise UserError(f"Device {device!r} is not to be had: torch sees {' and '.join(available)} here. Use device='auto'; "
-                        "'cuda' needs a card and a CUDA build of torch.")
-    device = available[-1] if device == "auto" else device
+    device = choose_device(device)
     missing = [config for config in dict.fromkeys(configs) if not (runs_root() / config.name).exists()]
     for config in {(c.task, c.dataset, c.dataset_steps): c for c in missing}.values():
         load_data(config, progress)  # collects or downloads once, before the processes start
     processes = min(processes or os.cpu_count() or 1, len(missing))
     steps = sum(config.epochs * config.steps_per_epoch for config in missing)
     with tqdm(total=steps, desc=f"fine-tuning {len(missing)} runs", unit="step", disable=not (progress and missing)) as bar:
-        if device == "cpu" and processes > 1:
-            _train_side_by_side(missing, processes, bar)
+        if device == "cpu" and processes > 1:  # one process and one thread a run: faster than one run on all cores
+            with Workers(processes, "try processes=1") as pool:
+                pending = {pool.submit(fine_tune, config, "cpu", report) for config in missing}
+                while pending:
+                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                    bar.update(pool.steps.get_obj().value - bar.n)  # without its lock, which a killed worker may hold
+                    for future in done:
+                        future.result()
         else:
             for config in missing:
                 fine_tune(config, device, bar.update)

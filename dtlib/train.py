@@ -1,11 +1,16 @@
 """The fine-tuning loop of the papers: AdamW, linear warm-up, clipping, mean squared action error."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from dtlib.data import Windows, WindowSampler
+from dtlib.errors import UserError, atomic_write
 from dtlib.model import DecisionTransformer
 
 
@@ -61,3 +66,33 @@ def action_error(model: DecisionTransformer, sampler: WindowSampler, starts: Ten
         weights.append(windows.mask.sum())
     weight = torch.stack(weights).double()
     return float((torch.stack(errors).double() * weight).sum() / weight.sum())
+
+
+def choose_device(device: str) -> str:
+    """"auto" is "cuda" where there is one, else "cpu". Raises UserError for a device that torch does not have here."""
+    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if device not in ("auto", *available):
+        raise UserError(f"Device {device!r} is not to be had: torch sees {' and '.join(available)} here. Use device='auto'; "
+                        "'cuda' needs a card and a CUDA build of torch.")
+    return available[-1] if device == "auto" else device
+
+
+def save_state(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progress: dict) -> None:
+    """Write all that an interrupted training needs to go on: weights, optimiser, and ``progress`` (JSON)."""
+    tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    tensors |= {f"{key}.{i}": value for i, state in optimiser.state_dict()["state"].items() for key, value in state.items()}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata={"progress": json.dumps(progress)})
+
+
+def load_state(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> dict:
+    """Take up what ``save_state`` wrote, in place; return its ``progress``."""
+    with safe_open(path, framework="pt") as file:
+        tensors, progress = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["progress"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    moments = {i: {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+               for i, _ in enumerate(model.parameters()) if f"step.{i}" in tensors}  # before the first step there are none
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
+    return progress

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import h5py
@@ -16,6 +18,7 @@ from dtlib import collect as module
 from dtlib.collect import POLICIES, act, collect
 from dtlib.errors import UserError
 from dtlib.tasks import TASKS, get_task
+from dtlib.workers import Workers
 
 HOPPER = get_task("hopper")
 
@@ -82,12 +85,12 @@ def test_layout_is_d4rls(own_cache, actors):
 
 @pytest.mark.parametrize("quality", ["random", "medium"])
 def test_stored_actions_replayed_one_environment_at_a_time_give_the_stored_data(own_cache, actors, quality):
-    """Also proves that episode i is a function of policy, seed and i: nothing of the lockstep enters."""
+    """Also proves that episode i is a function of policy, seed and i."""
     data, _ = read(collect(HOPPER, quality, 700, seed=5, progress=False))
     weights = load_file(actors / "10.safetensors") if quality == "medium" else None
     environment = HOPPER.make_environment()
     episodes = episodes_of(data)
-    assert len(episodes) > 2 * module.LOCKSTEP  # more than run side by side
+    assert len(episodes) > 15
     for number, episode in enumerate(episodes):
         generator = np.random.default_rng([5, number])
         state, _ = environment.reset(seed=int(generator.integers(2**31)))
@@ -190,6 +193,102 @@ def test_an_interrupt_leaves_nothing(own_cache, actors, monkeypatch):
     assert files(own_cache) == []
 
 
+@pytest.fixture
+def pools(monkeypatch):
+    """Two processes for however few steps, whatever the machine; the list fills with the pools that are made."""
+    made = []
+    monkeypatch.setattr(module, "STEPS_A_PROCESS", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(module, "Workers", lambda *arguments: made.append(Workers(*arguments)) or made[-1])
+    return made
+
+
+def test_side_by_side_gives_the_same_bytes(own_cache, actors, pools, monkeypatch):
+    short = dataclasses.replace(HOPPER, horizon=1)  # each policy needs more than the 1024 episodes asked for at a time
+    beside = collect(short, "medium-replay", 2400, progress=False)
+    content = beside.read_bytes()
+    assert len(pools) == 1 and pools[0].steps.value >= 2400  # one for all policies, and it did the work
+    later = module._four_episodes(short, load_file(actors / "0.safetensors"), 0, 275)[0]  # number 1100
+    assert np.array_equal(read(beside)[0]["observations"][1100], later["observations"][0])
+    beside.unlink()
+    monkeypatch.setattr(module, "STEPS_A_PROCESS", 10_000)
+    assert collect(short, "medium-replay", 2400, progress=False).read_bytes() == content
+    assert len(pools) == 1
+
+
+def test_a_killed_worker_is_a_user_error_and_leaves_nothing(own_cache, actors, pools, monkeypatch):
+    """In a thread, too: only the main one may say what Ctrl-C does."""
+    made, errors = module.Workers, []
+
+    def kill_one(*arguments):
+        pool = made(*arguments)
+        os.kill(list(pool._processes)[1], signal.SIGKILL)
+        return pool
+
+    def attempt():
+        try:
+            collect(HOPPER, "medium", 50_000, progress=False)
+        except UserError as error:
+            errors.append(str(error))
+
+    monkeypatch.setattr(module, "Workers", kill_one)
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join(60)
+    assert "A worker process was killed" in errors[0]
+    assert files(own_cache) == []
+
+
+def test_workers_that_cannot_start_leave_the_process_as_it_was(monkeypatch):
+    def fail(*arguments):
+        raise OSError("no more processes")
+    main, handler = sys.modules["__main__"], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Workers, "submit", fail)
+    with pytest.raises(OSError, match="no more processes"):
+        Workers(2, "")
+    assert sys.modules["__main__"] is main and signal.getsignal(signal.SIGINT) is handler
+
+
+# A script without the usual guard around its main part.
+SIDE_BY_SIDE = """
+import os
+from dtlib import collect as module
+from dtlib.tasks import get_task
+class Say(module.tqdm):
+    def __init__(self, **options):  # when the workers have been started, half a second before they can work
+        print("begun", flush=True)
+        super().__init__(**options)
+    def update(self, steps):
+        print("collecting", flush=True)
+print("script", flush=True)
+module.tqdm, os.cpu_count = Say, lambda: 2
+module.collect(get_task("hopper"), "random", 1_000_000, progress=False)
+"""
+
+
+@pytest.mark.parametrize("number, lines", [(signal.SIGINT, ["script", "begun"]), (signal.SIGKILL, ["script", "begun"]),
+                                           (signal.SIGINT, ["script", "begun", "collecting"]),
+                                           (signal.SIGKILL, ["script", "begun", "collecting"])])
+def test_workers_end_with_their_parent(own_cache, tmp_path, number, lines):
+    (tmp_path / "script.py").write_text(SIDE_BY_SIDE)
+    process = start(tmp_path / "script.py", PYTHONPATH=str(Path(module.__file__).parents[1]))
+    deadline = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+    deadline.start()
+    assert [process.stdout.readline().strip() for _ in lines] == lines
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C in a terminal: to the workers, too
+    else:
+        process.kill()
+    output = process.communicate()[0]  # comes when the last process that could write has ended
+    assert deadline.is_alive()
+    deadline.cancel()
+    assert "script\n" not in output and process.returncode in (-number, 1)
+    if number == signal.SIGINT:
+        assert "KeyboardInterrupt" in output and output.count("Traceback") == 1  # the parent's and no worker's
+        assert files(own_cache) == []
+    assert not list(own_cache.rglob("*.hdf5"))
+
+
 FULL_DISK = """
 import resource, signal
 from dtlib.collect import collect
@@ -207,17 +306,19 @@ except UserError as error:
 COLLECT = """
 from dtlib import collect as module
 from dtlib.tasks import get_task
-episodes = module._episodes
+episodes = module._four_episodes
 def say(*arguments):
     print("collecting", flush=True)
     return episodes(*arguments)
-module._episodes = say
+module._four_episodes = say
 print(module.collect(get_task("hopper"), "medium", 400, progress=False))
 """
 
 
 def start(script, **environment):
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    """A process of its own, and a group of its own, that runs code or a file."""
+    return subprocess.Popen([sys.executable, *([script] if isinstance(script, Path) else ["-c", script])], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                             cwd=Path(module.__file__).parents[1], env={**os.environ, **environment})
 
 
@@ -231,7 +332,7 @@ def test_full_disk_is_a_user_error_and_leaves_nothing(own_cache):
 def test_two_processes_collect_once_whatever_their_number_of_threads(own_cache):
     processes = [start(COLLECT, OPENBLAS_NUM_THREADS=threads) for threads in ("1", "2")]
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert sum(output.count("collecting") for output in outputs) == 1, outputs
+    assert sum("collecting" in output for output in outputs) == 1, outputs
     assert outputs[0][-1] == outputs[1][-1] and files(own_cache) == [Path(outputs[0][-1])]
     content = Path(outputs[0][-1]).read_bytes()
     Path(outputs[0][-1]).unlink()

@@ -1,0 +1,57 @@
+"""Processes beside this one: deaf to Ctrl-C, which is the parent's to handle, and gone when it is."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import ModuleType
+
+from dtlib.errors import UserError
+
+_shared = []  # in a worker: its parent's ``steps`` and ``stopped``
+
+
+class Workers(ProcessPoolExecutor):
+    """``number`` processes, stopped on leaving the block; ``UserError`` with ``advice`` where one was killed. ``steps``
+    counts what they ``report``; once ``stopped`` is set, that ends their work."""
+
+    def __init__(self, number: int, advice: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.advice, self.steps, self.stopped = advice, context.Value("q"), context.RawValue("b")
+        super().__init__(number, context, _begin, (self.steps, self.stopped))
+        main, handler = sys.modules["__main__"], None
+        try:
+            with contextlib.suppress(ValueError):  # Python lets only the main thread do it
+                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited even while they start
+            sys.modules["__main__"] = ModuleType("__main__")  # else each would run the user's script again
+            for _ in range(number):  # each submission starts one
+                self.submit(os.getpid)
+        finally:
+            sys.modules["__main__"] = main
+            if handler is not None:
+                signal.signal(signal.SIGINT, handler)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        self.stopped.value = True
+        self.shutdown(cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(f"A worker process was killed, perhaps for lack of memory: {self.advice}.") from error
+
+
+def _begin(*shared: object) -> None:
+    _shared.extend(shared)
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+
+
+def report(done: int) -> None:
+    """In a worker: add to the parent's ``steps``; KeyboardInterrupt once it has left the block. Elsewhere: nothing."""
+    if _shared:
+        steps, stopped = _shared
+        with steps:
+            steps.value += done
+        if stopped.value:
+            raise KeyboardInterrupt
