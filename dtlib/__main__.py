@@ -60,6 +60,25 @@ def finetune(settings: list[str] = typer.Argument(None, help="name=value, e.g. s
 
 
 @app.command()
+def pretrain(kind: str = typer.Argument(help="language, image, markov or iid."),
+             size: str = typer.Option("mini", help="mini, chibit, gpt2 or imagegpt."), seed: int = 0,
+             corpus: str = typer.Option("", help="wikitext-2, wikitext-103, a folder of text or CIFAR-10's binary files; "
+                                                 "empty: what every install has."),
+             settings: list[str] = typer.Option(None, "--set", help="name=value, e.g. steps=1000; repeatable."),
+             out: str = typer.Option(None, help="Folder; default: in the cache, where runs find it."),
+             device: str = "auto") -> None:
+    """Make a starting point, or go on with an interrupted one; print where it is and its held-out loss."""
+    from pathlib import Path
+
+    from dtlib import batch, pretrain
+    values = {name: batch.convert(name, text, None) for name, _, text in (item.partition("=") for item in settings or [])}
+    config = pretrain.PretrainConfig(**{"kind": kind, "size": size, "seed": seed, "corpus": corpus, **values})
+    folder = pretrain.pretrain(config, out and Path(out), device)
+    losses = pretrain.load_starting_point(folder)[1]["held_out"]
+    typer.echo(f"{folder}\nheld-out loss, nats per token: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+
+
+@app.command()
 def data(task: str = typer.Argument("hopper", help="hopper, halfcheetah or walker2d."),
          dataset: str = typer.Argument("collected:medium", help="collected:QUALITY, d4rl:QUALITY, minari:ID, a path."),
          steps: int = typer.Option(None, help="Steps to collect, or to read at most."), seed: int = 0) -> None:

@@ -44,7 +44,7 @@ def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, stat
         returns_to_go[rows, t] = torch.as_tensor(still_to_come, device=device, dtype=dtype)
         seen = slice(max(0, t + 1 - context), t + 1)
         time_steps = torch.arange(seen.start, seen.stop, device=device).expand(len(alive), -1)
-        chosen = model(states[rows, seen], actions[rows, seen], returns_to_go[rows, seen], time_steps)[:, -1]
+        chosen = model.act(states[rows, seen], actions[rows, seen], returns_to_go[rows, seen], time_steps)
         actions[rows, t] = chosen
         still = []
         for e, action in zip(alive, chosen.double().cpu().numpy(), strict=True):

@@ -1,5 +1,6 @@
 """The Decision Transformer over transformers' own blocks, and the starting points it can be built from."""
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -8,23 +9,25 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
 from transformers import GPT2Config, GPT2Model, ImageGPTConfig, ImageGPTModel
 
-from dtlib.errors import UserError
+from dtlib.errors import UserError, cache_root, sha256
 from dtlib.seeding import stream_seed
 from dtlib.tasks import Task
 
 # Blocks, width, heads.
-SIZES = {"mini": (4, 128, 4), "chibit": (3, 128, 1), "gpt2": (12, 768, 12), "imagegpt-small": (24, 512, 8)}
+SIZES = {"mini": (4, 128, 4), "chibit": (3, 128, 1), "gpt2": (12, 768, 12), "imagegpt": (24, 512, 8)}
 
 
 @dataclass(frozen=True)
 class Initialisation:
     """A starting point: where the blocks' weights come from and which architecture carries them."""
 
-    weights: str | None = None  # hub id, or folder in transformers' layout; None: random, at the size asked for
+    weights: str | None = None  # hub id, or folder in transformers' layout
+    made: str | None = None  # kind of starting point made by `python -m dtlib pretrain`; with no weights either: random
     carrier: str = "gpt2"  # or "imagegpt", whose norm does not centre and has no bias
-    heads: int | None = None  # of random weights; None: as the size has it. Pre-trained weights bring both of these
+    heads: int | None = None  # of random weights; None: as the size has it. Pre-trained ones bring this and the next
     activation: str = "gelu_new"
 
 
@@ -37,7 +40,14 @@ INITIALISATIONS = {
     # [code] The released iGPT is ImageGPT's weights poured into GPT-2 blocks, whose norm is another function.
     "igpt": Initialisation(weights="openai/imagegpt-small"),
     "igpt-native": Initialisation(weights="openai/imagegpt-small", carrier="imagegpt"),
+    # Made here and shipped at mini size: English, photographs (in both carriers), and two controls without any modality.
+    "language": Initialisation(made="language"),
+    "image": Initialisation(made="image"),
+    "image-native": Initialisation(made="image", carrier="imagegpt"),
+    "markov": Initialisation(made="markov"),
+    "iid": Initialisation(made="iid"),
 }
+SHIPPED = Path(__file__).parent / "starting_points"
 
 CARRIERS = {"gpt2": (GPT2Config, GPT2Model), "imagegpt": (ImageGPTConfig, ImageGPTModel)}
 
@@ -58,16 +68,47 @@ def get_initialisation(name: str) -> Initialisation:
                     "config.json and model.safetensors of a GPT-2 or ImageGPT model.")
 
 
-def weights_folder(weights: str) -> Path:
-    """Folder of a starting point's files: ``weights`` itself if it is one, else the hub's copy, downloaded if need be."""
-    if Path(weights).is_dir():
-        return Path(weights)
+def starting_point(kind: str, size: str, seed: int) -> Path:
+    """Folder of a starting point made here: the shipped ones first, then this machine's own.
+
+    Where there are n of that kind and size, ``seed`` takes number seed mod n, so that seeds vary the starting point too.
+    Raises UserError if there is none.
+    """
+    roots = cache_root() / "starting_points", SHIPPED
+    found = {int(number): folder for root in roots for folder in root.glob(f"{kind}-{size}-seed*")
+             if (number := folder.name.rpartition("seed")[2]).isdecimal()}
+    if not found:
+        raise UserError(f"There is no {kind!r} starting point of size {size!r} here: make one with "
+                        f"`python -m dtlib pretrain {kind} --size {size}`, or take size='mini', which is shipped.")
+    return found[sorted(found)[seed % len(found)]]
+
+
+def weights_folder(row: Initialisation, size: str, seed: int) -> Path | None:
+    """Folder of a starting point's files, from the hub (downloaded if need be) if its row says so; None: random weights."""
+    if row.made:  # beside GPT-2 the papers put ImageGPT at its own size
+        return starting_point(row.made, "imagegpt" if row.made == "image" and size == "gpt2" else size, seed)
+    if (weights := row.weights) is None or Path(weights).is_dir():
+        return weights and Path(weights)
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(weights, allow_patterns=["config.json", "*.safetensors"]))
     except Exception as error:  # the hub's client raises many unrelated kinds; each means that there are no files
         raise UserError(f"Could not get the weights {weights!r} from the Hugging Face hub ({type(error).__name__}): run again "
                         "with a network, or give a folder with their config.json and model.safetensors instead.") from error
+
+
+def weights_digest(initialisation: str, size: str, seed: int) -> str:
+    """First 16 digits of the SHA-256 of the weights file that a start takes from this machine; "" for random and the hub's."""
+    row = get_initialisation(initialisation)
+    if row.made is None and (row.weights is None or not Path(row.weights).is_dir()):
+        return ""
+    path = weights_folder(row, size, seed) / "model.safetensors"
+    return _digest(path, path.stat().st_mtime_ns) if path.is_file() else ""
+
+
+@functools.cache
+def _digest(path: Path, modified: int) -> str:
+    return sha256(path)[:16]
 
 
 def read_config(folder: Path) -> dict:
@@ -88,7 +129,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): get it anew; pickles are not opened.") from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}): get it anew; pickles are not opened, but "
+                        "transformers' save_pretrained turns them into this format.") from error
 
 
 class DecisionTransformer(nn.Module):
@@ -106,7 +148,6 @@ class DecisionTransformer(nn.Module):
         self.embed_action = nn.Linear(task.action_dim, width)
         self.embed_time = nn.Embedding(task.horizon, width)
         self.embed_ln = nn.LayerNorm(width)
-        self.drop = nn.Dropout(backbone.embd_pdrop)
         transformer = CARRIERS[backbone.model_type][1](backbone)
         self.h, self.ln_f = transformer.h, transformer.ln_f
 
@@ -115,13 +156,58 @@ class DecisionTransformer(nn.Module):
         kinds = (self.embed_return(returns_to_go.unsqueeze(-1)), self.embed_state(states), self.embed_action(actions))
         return (self.embed_ln(torch.stack(kinds, dim=2)) + self.embed_time(time_steps).unsqueeze(2)).flatten(1, 2)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The blocks and the final norm: (B, T, D) → (B, T, D). Causal: padding that comes last needs no mask."""
-        hidden = self.drop(tokens)
+    def hidden(self, tokens: Tensor, last: bool = False) -> Tensor:
+        """The blocks and the final norm: (B, T, D) → (B, T, D), or (B, 1, D), that of the last token, if ``last``.
+
+        Causal: padding that comes last needs no mask. The blocks' layers are transformers'; they are put together here, the
+        same for GPT-2 and ImageGPT, with cheaper dropout, a fused GELU, and nothing that ``last`` does not need.
+        """
+        hidden = self._dropped(tokens, self.config.embd_pdrop)
         for block in self.h:
-            output = block(hidden)
-            hidden = output[0] if isinstance(output, tuple) else output  # ImageGPT's blocks return a tuple
+            only = slice(-1, None) if last and block is self.h[-1] else slice(None)
+            hidden = self._dropped(self._attention(block, hidden, only), self.config.resid_pdrop, hidden[:, only])
+            inner = block.mlp.c_fc(block.ln_2(hidden))
+            fused = self.config.activation_function == "gelu_new"
+            inner = gelu(inner, approximate="tanh") if fused else block.mlp.act(inner)
+            hidden = self._dropped(block.mlp.c_proj(inner), self.config.resid_pdrop, hidden)
         return self.ln_f(hidden)
+
+    def _attention(self, block: nn.Module, hidden: Tensor, only: slice) -> Tensor:
+        """The attention branch of a block for the tokens ``only``: (B, T, D) → (B, T or 1, D)."""
+        batch, tokens, width = hidden.shape
+        split = block.attn.c_attn(block.ln_1(hidden)).view(batch, tokens, 3, self.config.n_head, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
+        drop = self.config.attn_pdrop if self.training else 0.0
+        if drop and not hidden.is_cuda:  # where torch has no fused kernel with dropout
+            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+            future = torch.full((tokens, tokens), -torch.inf, dtype=scores.dtype).triu(1)
+            mixed = self._dropped((scores + future).softmax(-1), drop) @ value
+        else:
+            causal = only == slice(None)  # the last token sees all
+            mixed = scaled_dot_product_attention(query[:, :, only], key, value, dropout_p=drop, is_causal=causal)
+        return block.attn.c_proj(mixed.transpose(1, 2).reshape(batch, -1, width))
+
+    def _dropped(self, branch: Tensor, probability: float, residual: Tensor | None = None) -> Tensor:
+        """``residual`` (or 0) + dropout of ``branch``, in training.
+
+        On a CPU torch draws one random number an element, in a quarter of the whole step's time: here 64 drawn bits serve four
+        elements, with a probability that is exact to 2⁻¹⁶.
+        """
+        if not self.training or not probability:
+            return branch if residual is None else residual + branch
+        if branch.is_cuda:
+            branch = dropout(branch, probability)
+            return branch if residual is None else residual + branch
+        bits = torch.empty(-(-branch.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        threshold = round(probability * 2**16)
+        kept = (bits[:branch.numel()] >= threshold - 2**15).view(branch.shape).to(branch.dtype)
+        kept *= 2**16 / (2**16 - threshold)
+        return branch * kept if residual is None else torch.addcmul(residual, branch, kept)
+
+    def act(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
+        """The last step's predicted action (B, A), as in ``forward`` but for all that it does not need."""
+        tokens = self.embed(states, actions, returns_to_go, time_steps)[:, :-1]  # the last action is what is asked for
+        return torch.tanh(self.hidden(tokens, last=True)[:, 0] @ self.embed_action.weight)
 
     def forward(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """Predicted actions (B, K, A).
@@ -164,32 +250,33 @@ def build_model(initialisation: str, size: str, task: Task, seed: int, dropout: 
 
     Layers other than the blocks start as torch's defaults, the time-step table as a standard normal [code]: added after the
     input norm it is as large as all else, which long training overcomes; ``time_embedding_std`` shrinks it for short runs.
-    ``size``: of random weights. ``dropout``: residual, attention, embedding. Raises UserError: unknown names, unfit files.
+    ``size``: of random weights and those made here. ``dropout``: residual, attention, embedding. UserError: bad names, files.
     """
     row = get_initialisation(initialisation)
     if size not in SIZES:
         raise UserError(f"Unknown size {size!r}: expected one of {', '.join(SIZES)}.")
+    folder = weights_folder(row, size, seed)
     # The word and position tables are dropped: one row each will do. ImageGPT's causal mask takes its size from n_positions.
     plain = {"vocab_size": 1, "n_positions": 1 if row.carrier == "gpt2" else 1024, "use_cache": False,
              "bos_token_id": None, "eos_token_id": None,
              **dict(zip(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout, strict=True))}
-    if row.weights is None:
+    if folder is None:
         blocks, width, heads = SIZES[size]
         plain |= {"n_layer": blocks, "n_embd": width, "n_head": row.heads or heads, "activation_function": row.activation}
     else:
-        folder = weights_folder(row.weights)
         given = read_config(folder)
         if row.carrier == "imagegpt" and given["model_type"] != "imagegpt":
             raise UserError(f"{folder} holds a {given['model_type']!r} model, which ImageGPT blocks cannot carry.")
-        kept = ("n_layer", "n_embd", "n_head", "n_inner", "activation_function", "layer_norm_epsilon", "initializer_range",
-                "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+        if given.get("scale_attn_by_inverse_layer_idx") or not given.get("scale_attn_weights", True):
+            raise UserError(f"{folder} scales its attention in another way than GPT-2 and ImageGPT: give another model.")
+        kept = ("n_layer", "n_embd", "n_head", "n_inner", "activation_function", "layer_norm_epsilon", "initializer_range")
         plain |= {key: given[key] for key in kept if key in given}
     backbone = CARRIERS[row.carrier][0](**plain)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "weights"))
         model = DecisionTransformer(task, backbone)
         nn.init.normal_(model.embed_time.weight, std=time_embedding_std)
-    if row.weights is not None:
+    if folder is not None:
         load_blocks(model, folder)
     return model
 

@@ -11,15 +11,19 @@ from pydantic_core import to_json
 
 from dtlib.errors import UserError, atomic_write, versions
 
-# Colour, marker, line style; the colours of the first three are paper A's, and all can be told apart without colour.
+# Colour, marker, line style; paper A's colours for its three, and for ours that stand in their places; all can be told apart
+# without colour.
 STYLES: dict[str, tuple[tuple[float, float, float], str, str]] = {
     "gpt2": ((0.372, 0.537, 0.537), "o", "-"),
     "igpt": ((0.627, 0.352, 0.470), "s", "-"),
     "random": ((0.53, 0.54, 0.78), "^", "-"),  # the paper's (0.733, 0.737, 0.870), darkened: on white it is hardly visible
     "random-matched": ((0.275, 0.290, 0.565), "v", "--"),
     "igpt-native": ((0.878, 0.545, 0.325), "D", "--"),
+    "markov": ((0.25, 0.63, 0.83), "P", "-."),
+    "iid": ((0.70, 0.62, 0.10), "X", ":"),
     "data": ((0.25, 0.25, 0.25), "", ":"),
 }
+STYLES |= {ours: STYLES[theirs] for ours, theirs in (("language", "gpt2"), ("image", "igpt"), ("image-native", "igpt-native"))}
 COLOURS = {name: style[0] for name, style in STYLES.items()}
 
 
@@ -36,7 +40,7 @@ def use_style() -> None:
     plt.rcParams.update({
         "figure.figsize": (5.0, 3.4), "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 10,
         "axes.spines.top": False, "axes.spines.right": False, "legend.edgecolor": "none", "legend.fontsize": 9,
-        "axes.prop_cycle": plt.cycler(color=list(COLOURS.values())), "lines.markersize": 5, "pdf.fonttype": 42})
+        "axes.prop_cycle": plt.cycler(color=list(dict.fromkeys(COLOURS.values()))), "lines.markersize": 5, "pdf.fonttype": 42})
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

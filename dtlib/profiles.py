@@ -5,6 +5,8 @@ import http.client
 import urllib.request
 from pathlib import Path
 
+from dtlib.errors import UserError
+
 ALL_TASKS = ["hopper", "halfcheetah", "walker2d"]
 AS_PAPER = dict(  # paper A's architecture, training and evaluation
     device="cuda", tasks=ALL_TASKS, size="gpt2", epochs=40, steps_per_epoch=2500, batch_size=64, learning_rate=1e-4,
@@ -14,9 +16,9 @@ PROFILES: dict[str, dict[str, object]] = {
                   time_embedding_std=0.02, evaluation_episodes=2),
     "laptop": {},  # the notebooks' own defaults
     "full": dict(tasks=ALL_TASKS, seeds=[0, 1, 2, 3, 4]),
-    "gpu": dict(AS_PAPER, dataset="collected:medium", initialisations=["random", "random-matched"],
-                seeds=[0, 1, 2], precision="bfloat16"),
-    "paper": dict(AS_PAPER, dataset="d4rl:medium", initialisations=["random", "gpt2", "igpt"], seeds=[666, 42]),
+    "gpu": dict(AS_PAPER, dataset="collected:medium", seeds=[0, 1, 2], precision="bfloat16"),
+    "paper": dict(AS_PAPER, dataset="d4rl:medium", seeds=[666, 42],
+                  initialisations=["random", "gpt2", "igpt", "random-matched", "igpt-native"]),
 }
 HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
 
@@ -45,7 +47,13 @@ def missing(profile: str, parameters: dict[str, object] | None = None) -> list[s
         path = data.d4rl_path(tasks.get_task(name), quality)
         if not path.exists() and unreachable(data.D4RL_ADDRESS + path.name):
             lacks.append(f"the file {path} (put it there, from {data.D4RL_ADDRESS}{path.name})")
-    for weights in dict.fromkeys(model.get_initialisation(name).weights for name in parameters.get("initialisations", [])):
+    starts = [model.get_initialisation(name) for name in parameters.get("initialisations", [])]
+    for kind in dict.fromkeys(row.made for row in starts if row.made):
+        try:
+            model.weights_folder(model.Initialisation(made=kind), parameters.get("size", "mini"), 0)
+        except UserError as error:
+            lacks.append(f"a starting point ({error})")
+    for weights in dict.fromkeys(row.weights for row in starts):
         here = weights is None or Path(weights).is_dir() or try_to_load_from_cache(weights, "config.json")
         if not here and unreachable(f"{constants.ENDPOINT}/{weights}/resolve/main/config.json"):
             lacks.append(f"the weights {weights} (connect to the network once, or give their folder as the initialisation)")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dtlib import data
 from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, sha256, versions
 from dtlib.evaluate import rollout
-from dtlib.model import CARRIERS, SIZES, DecisionTransformer, build_model, get_initialisation, load_checkpoint
+from dtlib.model import CARRIERS, SIZES, DecisionTransformer, build_model, load_checkpoint, weights_digest
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
 from dtlib.train import action_error, choose_device, load_state, make_optimiser, save_state, train_epoch
@@ -57,12 +57,14 @@ class RunConfig:
     target_return: float | None = None  # None: the task's first target
     evaluation_episodes: Count = 100
     checkpoints: Annotated[tuple[int, ...], Field(strict=False)] = ()  # epochs kept beside the first (0) and the last
+    starting_weights: str | None = None  # filled in: see weights_digest
 
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, values: object, build: Callable) -> "RunConfig":
         config = checked(cls, values, build)
-        get_initialisation(config.initialisation)
+        if config.starting_weights is None:
+            object.__setattr__(config, "starting_weights", weights_digest(config.initialisation, config.size, config.seed))
         if config.target_return is None:
             object.__setattr__(config, "target_return", get_task(config.task).targets[0])
         return config
@@ -132,6 +134,8 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
     """Train in ``folder``, from its last finished epoch if there is one, and leave run.json and the checkpoints there."""
     task, trajectories = get_task(config.task), load_data(config, progress=False)
     sampler = data.WindowSampler(trajectories, config.context, task.return_scale, device)
+    if config.starting_weights != weights_digest(config.initialisation, config.size, config.seed):
+        raise UserError(f"The weights of {config.initialisation!r} changed since this run was asked for: ask for it anew.")
     start = config.initialisation, config.size, task, config.seed, config.dropout, config.time_embedding_std
     model = build_model(*start).to(device)
     # Rollouts meet many shapes and stay eager; both share the parameters.

@@ -43,6 +43,8 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
     (["finetune", "epoch=2"], "Parameter epoch="),
     (["finetune", "epochs=many"], "Parameter epochs='many'"),
     (["finetune", "task=ant"], "Unknown task 'ant'"),
+    (["pretrain", "music"], "Parameter kind='music'"),
+    (["pretrain", "iid", "--set", "steps=many"], "Parameter steps='many'"),
     (["data", "ant"], "Unknown task 'ant'"),
     (["data", "hopper", "collected:good"], "collected:good"),
 ])
@@ -94,6 +96,17 @@ def test_data_then_finetune_then_runs(call, tmp_path):
     lines = call("runs").stdout.splitlines()
     assert lines[1].startswith("damaged: ") and str(damaged) in lines[1] and lines[2] == name
     assert call("runs", "of no run").stdout.startswith("0 finished runs in")
+
+
+def test_pretrain_makes_a_starting_point_once(call, tmp_path):
+    asked = ["pretrain", "markov", "--size", "chibit", "--seed", "4", "--set", "steps=9", "--set", "sequence=4"]
+    first, again = call(*asked), call(*asked)
+    assert first.exit_code == 0, first.output
+    place, losses = first.stdout.splitlines()
+    assert place == str(tmp_path / "cache" / "starting_points" / "markov-chibit-seed4") and first.stdout == again.stdout
+    assert losses.startswith("held-out loss, nats per token: model 4.") and "uniform 4.6052" in losses
+    other = call(*asked, "--set", "batch_size=3")
+    assert other.exit_code == 2 and "holds something else" in other.stderr
 
 
 def test_finetune_without_settings_lists_them(call):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import pickle
+import resource
+import shutil
+import sys
 
 import pytest
 import torch
@@ -19,7 +22,9 @@ from transformers import (
 )
 
 from dtlib import model as dt
+from dtlib import runs
 from dtlib.errors import UserError
+from dtlib.pretrain import PretrainConfig, make_model
 from dtlib.tasks import get_task
 
 TASK = dataclasses.replace(get_task("hopper"), horizon=50)
@@ -196,7 +201,7 @@ def imagegpt_folder(tmp_path_factory):
 
 def hub_model(folder):
     """Load what ``build_model`` would, and say which tensors went where."""
-    model = build(str(folder), "gpt2" if folder.name == "gpt2" else "imagegpt-small")
+    model = build(str(folder), "gpt2" if folder.name == "gpt2" else "imagegpt")
     return model, dt.load_blocks(model, folder)
 
 
@@ -225,13 +230,13 @@ def test_true_imagegpt_folder_in_its_own_architecture(imagegpt_folder):
 
 def test_true_imagegpt_folder_poured_into_gpt2_blocks(imagegpt_folder, monkeypatch):
     monkeypatch.setitem(dt.INITIALISATIONS, "igpt", dt.Initialisation(weights=str(imagegpt_folder)))
-    poured = build("igpt", "imagegpt-small").eval()
+    poured = build("igpt", "imagegpt").eval()
     fate = dt.load_blocks(poured, imagegpt_folder)
     assert sorted(fate["new"]) == sorted(["ln_f.bias", *(f"h.{i}.ln_{j}.bias" for i in range(24) for j in (1, 2))])
     assert len(fate["new"]) == 49 and len(fate["kept"]) == 24 * 10 + 1
     assert all((poured.get_parameter(name) == 0).all() for name in fate["new"])
     assert (poured.config.n_head, poured.config.activation_function) == (8, "quick_gelu")
-    native = build(str(imagegpt_folder), "imagegpt-small").eval()
+    native = build(str(imagegpt_folder), "imagegpt").eval()
     for name in fate["kept"]:
         assert torch.equal(poured.get_parameter(name), native.get_parameter(name)), name
     # The same numbers in another norm are another function.
@@ -289,6 +294,9 @@ def test_unknown_names_sizes_and_foreign_architectures(tmp_path, monkeypatch):
     monkeypatch.setitem(dt.INITIALISATIONS, "wrong", dt.Initialisation(weights=str(folder), carrier="imagegpt"))
     with pytest.raises(UserError, match="cannot carry"):
         build("wrong")
+    for other in ({"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}):
+        with pytest.raises(UserError, match="scales its attention"):
+            build(str(small_folder(tmp_path / str(other), **other)))
     (folder / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="'bert'"):
         build(str(folder))
@@ -304,3 +312,63 @@ def test_checkpoint_of_another_architecture(tmp_path):
     save_file(build("random", "chibit").state_dict(), tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="another architecture"):
         dt.load_checkpoint(build(), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "igpt-native"])
+def test_hub_weights_from_data_to_a_finished_run(name, gpt2_folder, imagegpt_folder, tmp_path, monkeypatch):
+    folder, error = str(gpt2_folder if name == "gpt2" else imagegpt_folder), runs.action_error
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr("os.fsync", lambda file: None)  # gigabytes that are deleted below
+    monkeypatch.setattr(runs, "action_error", lambda model, sampler, starts: error(model, sampler, starts[:8]))  # not 512
+    monkeypatch.setitem(dt.INITIALISATIONS, name, dataclasses.replace(dt.INITIALISATIONS[name], weights=folder))
+    (run,) = runs.fine_tuned([runs.RunConfig(
+        dataset="collected:random", dataset_steps=300, initialisation=name, context=2, epochs=1, steps_per_epoch=2,
+        batch_size=2, warmup_steps=0, evaluation_episodes=1)], "cpu", processes=1, progress=False)
+    first, last, start = run.load_model(0), run.load_model(), dt.build_model(name, "gpt2", get_task("hopper"), seed=0)
+    for was, now, given in zip(first.parameters(), last.parameters(), start.parameters(), strict=True):
+        assert torch.equal(was, given) and not torch.equal(was, now)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of all tests so far, in kilobytes but for macOS
+    assert peak * (1 if sys.platform == "darwin" else 1024) < 24e9
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Untrained starting points, shipped and of this machine, and a copy that somebody put aside."""
+    monkeypatch.setattr(dt, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    for place, kind, seed in (("shipped", "language", 0), ("shipped", "image", 0), ("starting_points", "language", 3)):
+        network = make_model(PretrainConfig(kind, seed=seed, sequence=16), 40)
+        for norm in (module for name, module in network.named_modules() if "ln_" in name):
+            nn.init.normal_(norm.weight)  # a fresh one would fit any other
+        network.half().save_pretrained(tmp_path / place / f"{kind}-mini-seed{seed}")
+    for copy in ("language-mini-seed0", "language-mini-seed3-old"):
+        shutil.copytree(tmp_path / "starting_points" / "language-mini-seed3", tmp_path / "starting_points" / copy)
+    return tmp_path
+
+
+def test_seeds_vary_the_starting_point_and_runs_know_its_file(made):
+    first, second = made / "shipped" / "language-mini-seed0", made / "starting_points" / "language-mini-seed3"
+    assert [dt.starting_point("language", "mini", seed) for seed in range(4)] == [first, second] * 2
+    with pytest.raises(UserError, match="`python -m dtlib pretrain markov --size gpt2`, or take size='mini'"):
+        build("markov", "gpt2")
+    digests = [dt.weights_digest("language", "mini", seed) for seed in range(3)]
+    assert digests[0] == digests[2] != digests[1] and dt.weights_digest("random", "mini", 0) == ""
+    shutil.copy(second / "model.safetensors", first / "model.safetensors")
+    assert runs.RunConfig(initialisation="language", size="mini").starting_weights == digests[1]
+
+
+def test_starting_points_made_here_fill_the_blocks(made):
+    tokens = torch.randn(2, 9, 128)
+    for name, kept in (("language", 4 * 12 + 2), ("image", 4 * 10 + 1), ("image-native", 4 * 10 + 1)):
+        folder, model = made / "shipped" / f"{name.removesuffix('-native')}-mini-seed0", build(name).eval()
+        fate, stored = dt.load_blocks(build(name), folder), dt.read_tensors(folder / "model.safetensors")
+        tables = {"wte.weight", "wpe.weight"} | (set() if name == "language" else {"lm_head.weight"})
+        assert set(fate["left_out"]) == tables and len(fate["kept"]) == kept == len(stored) - len(tables)
+        assert all(torch.equal(model.get_parameter(name), stored[f"transformer.{name}"].float()) for name in fate["kept"])
+        norms = {"ln_f.bias", *(f"h.{i}.ln_{j}.bias" for i in range(4) for j in (1, 2))} if name == "image" else set()
+        assert set(fate["new"]) == norms and not any(model.get_parameter(name).any() for name in norms)
+        theirs = (GPT2Model if name == "language" else ImageGPTModel).from_pretrained(folder, dtype=torch.float32).eval()
+        nn.init.zeros_(theirs.wpe.weight)
+        difference = (model.hidden(tokens) - theirs(inputs_embeds=tokens).last_hidden_state).abs().max()
+        assert difference > 0.1 if name == "image" else difference < 1e-5  # another norm is another function
