@@ -47,6 +47,7 @@ class RunConfig:
     batch_size: Count = 64
     learning_rate: Positive = 1e-4
     warmup_steps: Whole = 5000
+    learning_rate_decay: bool = False  # linearly to 0 over the whole run; the papers keep the rate
     weight_decay: float = Field(1e-4, ge=0)
     adam_epsilon: Positive = 1e-8
     gradient_clip: Positive | None = 0.25  # None: no clipping
@@ -162,6 +163,7 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
             starts = draw(stream_seed(config.seed, "batches", epoch), config.steps_per_epoch, config.batch_size)
             loss = train_epoch(training_model, optimiser, sampler, starts, first_step=step - config.steps_per_epoch,
                                learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
+                               total_steps=config.epochs * config.steps_per_epoch if config.learning_rate_decay else None,
                                gradient_clip=config.gradient_clip, precision=config.precision, on_step=lambda: on_steps(1))
         trained = time.perf_counter()
         episodes = rollout(model, task, trajectories.state_mean, trajectories.state_std, target_return=config.target_return,

@@ -32,11 +32,13 @@ def predict(model: DecisionTransformer, windows: Windows, precision: str = "floa
 
 def train_epoch(model: DecisionTransformer, optimiser: torch.optim.Optimizer, sampler: WindowSampler, starts: Tensor, *,
                 first_step: int, learning_rate: float, warmup_steps: int, gradient_clip: float | None,
-                precision: str = "float32", on_step: Callable[[], None] = lambda: None) -> float:
+                total_steps: int | None = None, precision: str = "float32",
+                on_step: Callable[[], None] = lambda: None) -> float:
     """Take one optimiser step per row of ``starts`` (steps, B), the windows' flat start indices; return the mean loss.
 
-    The learning rate grows linearly over the run's first ``warmup_steps``, then stays; ``first_step`` counts the steps of
-    earlier epochs. gradient_clip: largest norm of the whole gradient, or None. Dropout draws from torch's global generator.
+    The learning rate grows linearly over the run's first ``warmup_steps``, then stays; if the run's ``total_steps`` are
+    given, it is multiplied by the share of them still to come. ``first_step`` counts the steps of earlier epochs.
+    gradient_clip: largest norm of the whole gradient, or None. Dropout draws from torch's global generator.
     """
     model.train()
     total = torch.zeros((), device=starts.device)
@@ -47,8 +49,9 @@ def train_epoch(model: DecisionTransformer, optimiser: torch.optim.Optimizer, sa
         loss.backward()
         if gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate * min((first_step + i + 1) / max(warmup_steps, 1), 1.0)
+        step = first_step + i
+        left = 1 - step / total_steps if total_steps else 1.0
+        optimiser.param_groups[0]["lr"] = learning_rate * min((step + 1) / max(warmup_steps, 1), 1.0) * left
         optimiser.step()
         total += loss.detach()
         on_step()

@@ -32,14 +32,15 @@ def test_loss_is_the_mean_over_real_steps_and_action_dimensions():
     assert train.action_loss(predicted, windows).item() == pytest.approx((1 + 9 + 4 + 0 + 0 + 1) / 6)
 
 
-def test_epoch_equals_a_plain_loop(sampler):
-    """Twenty steps of warm-up, clipping and AdamW, written again with torch's unfused optimiser and scheduler."""
+@pytest.mark.parametrize("total", [None, 20])
+def test_epoch_equals_a_plain_loop(sampler, total):
+    """Twenty steps of warm-up, decay, clipping and AdamW, written again with torch's unfused optimiser and scheduler."""
     starts = draw(sampler, 20, 8)
     ours, plain = build(**NO_DROPOUT), build(**NO_DROPOUT)
     optimiser = train.make_optimiser(ours, 1e-3, 1e-4, 1e-8)
-    loss = train.train_epoch(ours, optimiser, sampler, starts, first_step=0, **OPTIONS)
+    loss = train.train_epoch(ours, optimiser, sampler, starts, first_step=0, total_steps=total, **OPTIONS)
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4, foreach=False)
-    schedule = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: min((step + 1) / 10, 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(reference, lambda step: min((step + 1) / 10, 1) * (1 - step / (total or 1e9)))
     losses = []
     for row in starts:
         windows = sampler.windows(row)
