@@ -1,4 +1,4 @@
-"""Return-conditioned rollouts, many episodes in lockstep, in gymnasium's own environments."""
+"""Return-conditioned rollouts, many episodes in lockstep."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from dtlib.model import DecisionTransformer
+from dtlib.physics import Environments
 from dtlib.seeding import stream_seed
 from dtlib.tasks import Task
 
@@ -28,10 +29,9 @@ def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, stat
     model.eval()
     device, dtype = model.embed_state.weight.device, model.embed_state.weight.dtype
     horizon = horizon or task.horizon
-    environments = [task.make_environment() for _ in range(episodes)]
-    mean, std = state_mean.astype(np.float64), state_std.astype(np.float64)
-    observed = np.stack([env.reset(seed=stream_seed(seed, "evaluation", first_episode + e) % 2**31)[0]
-                         for e, env in enumerate(environments)])
+    environments = Environments(task, [stream_seed(seed, "evaluation", first_episode + e) % 2**31 for e in range(episodes)],
+                                torch.get_num_threads())
+    mean, std, observed = state_mean.astype(np.float64), state_std.astype(np.float64), environments.observations
     states = torch.zeros(episodes, horizon, task.state_dim, device=device, dtype=dtype)
     actions = torch.zeros(episodes, horizon, task.action_dim, device=device, dtype=dtype)
     returns_to_go = torch.zeros(episodes, horizon, device=device, dtype=dtype)
@@ -39,21 +39,17 @@ def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, stat
     alive = np.arange(episodes)
     for t in range(horizon):
         rows = torch.as_tensor(alive, device=device)
-        states[rows, t] = torch.as_tensor((observed[alive] - mean) / std, device=device, dtype=dtype)
+        states[rows, t] = torch.as_tensor((observed - mean) / std, device=device, dtype=dtype)
         still_to_come = (target_return - returns[alive]) / task.return_scale
         returns_to_go[rows, t] = torch.as_tensor(still_to_come, device=device, dtype=dtype)
         seen = slice(max(0, t + 1 - context), t + 1)
         time_steps = torch.arange(seen.start, seen.stop, device=device).expand(len(alive), -1)
         chosen = model.act(states[rows, seen], actions[rows, seen], returns_to_go[rows, seen], time_steps)
         actions[rows, t] = chosen
-        still = []
-        for e, action in zip(alive, chosen.double().cpu().numpy(), strict=True):
-            observed[e], reward, terminated, _, _ = environments[e].step(action)
-            returns[e] += reward
-            lengths[e] = t + 1
-            if not terminated:
-                still.append(e)
-        alive = np.array(still, dtype=np.int64)
+        observed, rewards, ends = environments.step(alive, chosen.double().cpu().numpy())
+        returns[alive] += rewards
+        lengths[alive] = t + 1
+        alive, observed = alive[~ends], observed[~ends]
         if not len(alive):
             break
     return Episodes(returns, lengths)
