@@ -1,107 +1,273 @@
-"""What the main stages cost on this machine: collecting, loading, training steps, rollouts.
+"""What the fast path gains, measured on this machine: each figure beside the plain way, in the same run.
 
-    make bench            (or: python benchmarks/run.py)
+    make bench            (ten minutes; or: python benchmarks/run.py)
 
-Writes benchmarks/results.csv. Absolute times hold for the machine they were taken on; ratios travel better.
+Writes results.csv, growth.csv, machine.json and two figures into this folder. Absolute times hold for the machine that they
+were taken on; ratios travel better.
 """
 
+import json
+import logging
 import os
 import platform
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import baselines
 import h5py
+import matplotlib.pyplot as plt
+import mujoco
+import mujoco.rollout
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+from tqdm import tqdm
 
-from dtlib import data
+from dtlib import data, plots, runs
 from dtlib.collect import collect
 from dtlib.evaluate import rollout
-from dtlib.model import build_model
+from dtlib.model import SIZES, build_model
+from dtlib.physics import Environments
 from dtlib.tasks import get_task
 from dtlib.train import make_optimiser, train_epoch
 
-TASK = get_task("hopper")
+HERE = Path(__file__).parent
+HOPPER, CHEETAH = get_task("hopper"), get_task("halfcheetah")  # HalfCheetah never falls: all episodes have the same length
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE = "gpt2" if DEVICE == "cuda" else "chibit"  # 12 × 768 × 12, or 3 × 128 × 1
+PRECISIONS = ["float32", "bfloat16"] if DEVICE == "cuda" or torch.cpu._is_avx512_bf16_supported() else ["float32"]
 rows = []
 
 
-def record(what: str, value: float, unit: str) -> None:
-    rows.append({"what": what, "value": round(value, 3), "unit": unit})
-    print(f"{what:<66}{value:>12.2f} {unit}", flush=True)
+def record(what: str, value: float, unit: str, plain: float | None = None, against: str = "") -> None:
+    """Keep one figure; where there is a ``plain`` one of the same unit, with the ratio (above 1: faster than that)."""
+    ratio = None if plain is None else value / plain if unit.endswith("/s") else plain / value
+    rows.append({"what": what, "value": value, "unit": unit, "against": against, "plain": plain, "ratio": ratio})
+    tqdm.write(f"{what:<52}{value:>10.3g} {unit:<7}" + (f"{ratio:>6.2f} × {against} ({plain:.3g})" if ratio else ""))
 
 
-def seconds(action, *arguments, **options) -> tuple[float, object]:
+def seconds(action: Callable, repeats: int = 1) -> float:
+    """Mean time of ``action``, after one call that does not count if there is more than one."""
+    if repeats > 1:
+        action()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     began = time.perf_counter()
-    result = action(*arguments, **options)
-    return time.perf_counter() - began, result
+    for _ in range(repeats):
+        action()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / repeats
 
 
-def collecting() -> data.Trajectories:
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["DTLIB_CACHE"] = folder
-        took, path = seconds(collect, TASK, "medium", 100_000, progress=False)
-        record("collect 100,000 Hopper steps, medium", took, "s")
-        return data.load(str(path), TASK)
-
-
-def loading(trajectories: data.Trajectories) -> None:
+def stages() -> data.Trajectories:
+    """Collecting, and loading a million steps."""
+    found = []
+    took = seconds(lambda: found.append(collect(HOPPER, "medium", 100_000, progress=False)))
+    record("collect 100,000 Hopper steps", took, "s")
+    trajectories = data.load(str(found[0]), HOPPER)
     times = -(-1_000_000 // len(trajectories.rewards))
     ends = np.zeros(len(trajectories.rewards), bool)
     ends[trajectories.starts[1:] - 1] = True
+    columns = {"observations": trajectories.observations, "actions": trajectories.actions, "rewards": trajectories.rewards,
+               "terminals": ends, "timeouts": np.zeros_like(ends)}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "million.hdf5"
-        with h5py.File(path, "w") as file:
-            for key, array in {"observations": trajectories.observations, "actions": trajectories.actions,
-                               "rewards": trajectories.rewards, "terminals": ends, "timeouts": np.zeros_like(ends)}.items():
+        with h5py.File(path := Path(folder, "million.hdf5"), "w") as file:
+            for key, array in columns.items():
                 file[key] = np.concatenate([array] * times)[:1_000_000]
-        took, _ = seconds(data.load, str(path), TASK)
-    record("load 1,000,000 steps from HDF5", took, "s")
-    record("largest memory of this process so far", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "GB")
+        record("load 1,000,000 steps from HDF5", seconds(lambda: data.load(str(path), HOPPER)), "s")
+    record("largest memory so far", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "GB")
+    return trajectories
 
 
-def training(trajectories: data.Trajectories, size: str, context: int, batch: int, steps: int) -> None:
-    """Plain float32 steps of the reference path, on one thread as every run has on a CPU, or on the CUDA device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sampler = data.WindowSampler(trajectories, context, TASK.return_scale, device)
-    model = build_model("random-matched", size, TASK, seed=0).to(device)
+def step_time(trajectories: data.Trajectories, context: int, batch: int = 64, size: str = SIZE, precision: str = "float32",
+              repeats: int = 10) -> float:
+    """Seconds of one of dtlib's training steps, windows included."""
+    sampler = data.WindowSampler(trajectories, context, HOPPER.return_scale, DEVICE)
+    model = build_model("random", size, HOPPER, seed=0, dropout=(0.1, 0.1, 0.1)).to(DEVICE)
     optimiser = make_optimiser(model, 1e-4, 1e-4, 1e-8)
-    starts = torch.randint(sampler.number_of_steps, (steps, batch)).to(device)
-    options = {"first_step": 0, "learning_rate": 1e-4, "warmup_steps": 10, "gradient_clip": 0.25}
-    train_epoch(model, optimiser, sampler, starts[:3], **options)
-    took, _ = seconds(train_epoch, model, optimiser, sampler, starts, **options)
-    record(f"training step, {size}, K = {context}, batch {batch}, {device}", 1e3 * took / steps, "ms")
+    starts = torch.randint(sampler.number_of_steps, (repeats, batch), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return seconds(lambda: train_epoch(model, optimiser, sampler, starts, first_step=0, learning_rate=1e-4, warmup_steps=100,
+                                       gradient_clip=0.25, precision=precision), 2) / repeats
 
 
-def rollouts(trajectories: data.Trajectories, context: int) -> None:
-    """Environment steps per second: twenty episodes in lockstep, and the same ones one at a time."""
-    model = build_model("random-matched", "mini", TASK, seed=0)
-    options = {"target_return": 3600, "context": context, "seed": 0}
-    speed = {}
-    for together in (20, 1):
-        began, steps = time.perf_counter(), 0
-        for first in range(0, 20, together):
-            steps += rollout(model, TASK, trajectories.state_mean, trajectories.state_std, episodes=together,
-                             first_episode=first, **options).lengths.sum()
-        speed[together] = steps / (time.perf_counter() - began)
-        record(f"rollout, mini, K = {context}, {together} at a time", speed[together], "environment steps/s")
-    record(f"rollout, K = {context}: lockstep over one at a time", speed[20] / speed[1], "×")
+def d3rlpy_step_time(trajectories: data.Trajectories, context: int, repeats: int) -> float:
+    import d3rlpy
+    import structlog
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    ends = np.zeros(len(trajectories.rewards))
+    ends[trajectories.starts[1:] - 1] = 1
+    dataset = d3rlpy.dataset.MDPDataset(trajectories.observations, trajectories.actions, trajectories.rewards[:, None], ends)
+    blocks, _, heads = SIZES[SIZE]  # its width of 128 is its default, and its activation is ReLU
+    algorithm = d3rlpy.algos.DecisionTransformerConfig(
+        batch_size=64, context_size=context, num_heads=heads, num_layers=blocks, max_timestep=HOPPER.horizon,
+        observation_scaler=d3rlpy.preprocessing.StandardObservationScaler(
+            mean=trajectories.state_mean, std=trajectories.state_std)).create(device=DEVICE == "cuda")
+    algorithm.build_with_dataset(dataset)
+    return seconds(lambda: algorithm.update(dataset.sample_trajectory_batch(64, context)), repeats)
+
+
+def matrix_peak(precision: str) -> float:
+    """Floating-point operations per second of one large matrix product."""
+    n = 8192 if DEVICE == "cuda" else 1536
+    a = torch.randn(n, n, device=DEVICE, dtype=getattr(torch, precision))
+    return 2 * n**3 / seconds(lambda: a @ a, 5)
+
+
+def operations(context: int, batch: int = 64) -> float:
+    """Of the matrix products in a training step: three times the forward pass's."""
+    blocks, width, _ = SIZES[SIZE]
+    tokens = 3 * context
+    return 3 * batch * tokens * blocks * (24 * width**2 + 4 * tokens * width)
+
+
+def training(trajectories: data.Trajectories) -> None:
+    """A step against three other ways to make it."""
+    peaks = {precision: matrix_peak(precision) for precision in PRECISIONS}
+    for context, repeats in ((20, 8), (1, 60)):
+        others = {}
+        for name, attention in (("plain loop", "eager"), ("transformers, its own attention", "sdpa")):
+            model = baselines.make_model(HOPPER, *SIZES[SIZE], attention).to(DEVICE)
+            baselines.train(model, trajectories, HOPPER, context, 2, device=DEVICE)
+            others[name] = seconds(lambda model=model, context=context, repeats=repeats: baselines.train(
+                model, trajectories, HOPPER, context, repeats, device=DEVICE)) / repeats
+        try:
+            others["d3rlpy"] = d3rlpy_step_time(trajectories, context, repeats)
+        except ModuleNotFoundError as error:
+            tqdm.write(f"d3rlpy is left out: {error}")
+        for precision in PRECISIONS:
+            ours = step_time(trajectories, context, precision=precision, repeats=repeats)
+            for name, plain in others.items():
+                record(f"training step, K = {context}, {precision}", 1e3 * ours, "ms", 1e3 * plain, name)
+            record(f"  its share of the {precision} matrix peak", 100 * operations(context) / ours / peaks[precision], "%")
+
+
+def physics(threads: int, count: int = 100, steps: int = 150) -> None:
+    """No model: ours, gymnasium's own loop, and mujoco.rollout, to which all actions are known beforehand."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, count, HOPPER.action_dim))
+    ours = Environments(HOPPER, list(range(count)), threads)
+    plain = [HOPPER.make_environment().unwrapped for _ in range(10)]
+    model, full = plain[0].model, mujoco.mjtState.mjSTATE_FULLPHYSICS
+    state = np.empty((count, mujoco.mj_stateSize(model, full)))
+    for i, row in enumerate(state):
+        plain[i % 10].reset(seed=i)
+        mujoco.mj_getState(model, plain[i % 10].data, row, full)
+    controls = actions.transpose(1, 0, 2).repeat(plain[0].frame_skip, axis=1)
+    with mujoco.rollout.Rollout(nthread=threads) as pool:
+        alone = seconds(lambda: pool.rollout(model, [mujoco.MjData(model) for _ in range(threads)], state, controls))
+    together = seconds(lambda: [ours.step(np.arange(count), row) for row in actions])
+    one = seconds(lambda: [environment.step(row[i]) for row in actions for i, environment in enumerate(plain)])
+    rate, what = count * steps / together, f"physics, {count} Hoppers, {threads} thread{'s' * (threads > 1)}"
+    record(what, rate, "steps/s", count * steps / alone, f"mujoco.rollout, {threads} thread{'s' * (threads > 1)}")
+    record(what, rate, "steps/s", 10 * steps / one, "gymnasium, one thread")
+
+
+def rollouts(context: int, count: int = 100, horizon: int = 100) -> None:
+    """A hundred episodes of HalfCheetah at once, against one after the other."""
+    mean, std = np.zeros(CHEETAH.state_dim, np.float32), np.ones(CHEETAH.state_dim, np.float32)
+    model = build_model("random", SIZE, CHEETAH, seed=0).to(DEVICE)
+    took = seconds(lambda: rollout(model, CHEETAH, mean, std, target_return=6000, episodes=count, context=context, seed=0,
+                                   horizon=horizon))
+    plain = baselines.evaluate(baselines.make_model(CHEETAH, *SIZES[SIZE], "eager").to(DEVICE), mean, std, CHEETAH, context,
+                               episodes=5, device=DEVICE, horizon=horizon)
+    record(f"rollout, {count} HalfCheetahs, K = {context}", count * horizon / took, "steps/s", plain[0] / plain[1],
+           "one at a time")
+
+
+def whole_run(what: str, **settings: object) -> None:
+    """A run from data to checkpoint, against what the plain loops would take for as many training and environment steps, by
+    their speed over a few; on a CPU each has one thread, as every run here has."""
+    config = runs.RunConfig(precision=PRECISIONS[-1], **settings)
+    trajectories, threads, finished = runs.load_data(config), torch.get_num_threads(), []
+    ours = seconds(lambda: finished.append(runs.fine_tune(config, DEVICE)))
+    taken = sum(sum(row["lengths"]) for row in finished[0].metrics)
+    torch.set_num_threads(1 if DEVICE == "cpu" else threads)
+    model = baselines.make_model(HOPPER, *SIZES[config.size][:2], 1, "eager").to(DEVICE)
+    step = seconds(lambda: baselines.train(model, trajectories, HOPPER, config.context, 5, config.batch_size, DEVICE), 3) / 5
+    scaling = trajectories.state_mean, trajectories.state_std
+    steps, took = baselines.evaluate(model, *scaling, HOPPER, config.context, 10, DEVICE)
+    plain = config.epochs * config.steps_per_epoch * step + taken * took / steps
+    record(f"{what} ({taken:,} environment steps)", ours, "s", plain, "plain loops, from their speed")
+    torch.set_num_threads(threads)
+
+
+def growth(trajectories: data.Trajectories) -> pd.DataFrame:
+    """Milliseconds of a training step as one thing grows and the others stay at K = 20, batch 16, 4 blocks of width 128."""
+    found = []
+    for what, values in (("K", (1, 5, 10, 20, 40)), ("batch", (4, 8, 16, 32, 64)), ("width", (64, 128, 256, 512)),
+                         ("blocks", (1, 2, 4, 8, 16))):
+        for value in values:
+            chosen = {"K": 20, "batch": 16, "width": 128, "blocks": 4} | {what: value}
+            SIZES["this"] = (chosen["blocks"], chosen["width"], 4)
+            took = step_time(trajectories, chosen["K"], chosen["batch"], "this", repeats=4)
+            found.append({"grows": what, "value": value, "milliseconds": 1e3 * took})
+    return pd.DataFrame(found)
+
+
+def whole_numbers(axis: Axis) -> None:
+    """1, 2, 5, 10, … on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_locator(NullLocator())
+
+
+def draw(table: pd.DataFrame, grown: pd.DataFrame) -> None:
+    plots.use_style()
+    ratios = table.dropna(subset="ratio")[::-1]
+    figure, ax = plt.subplots(figsize=(7.0, 0.5 + 0.26 * len(ratios)))
+    ax.barh(np.arange(len(ratios)), ratios.ratio - 1, left=1, color=plots.COLOURS["gpt2"])
+    for y, ratio in enumerate(ratios.ratio):
+        ax.text(max(ratio, 1) * 1.05, y, f"{ratio:.2f}", va="center", fontsize=8)
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.set_yticks(np.arange(len(ratios)), [f"{row.what}\nagainst {row.against}" for row in ratios.itertuples()], fontsize=7)
+    ax.set(xlabel=f"times as fast ({platform.machine()}, {os.cpu_count()} cores, {DEVICE})", xscale="log")
+    whole_numbers(ax.xaxis)
+    ax.margins(x=0.1)
+    figure.savefig(HERE / "ratios.png", dpi=200)
+    figure, axes = plt.subplots(1, 4, figsize=(7.0, 2.2), sharey=True)
+    for ax, (what, part) in zip(axes, grown.groupby("grows", sort=False), strict=True):
+        ax.plot(part.value, part.milliseconds, "o-", color=plots.COLOURS["gpt2"])
+        slope = np.polyfit(np.log(part.value[-3:]), np.log(part.milliseconds[-3:]), 1)[0]
+        ax.set(xscale="log", yscale="log", xlabel=what, title=f"slope at the end: {slope:.1f}")
+        ax.set_xticks(part.value, part.value)
+        ax.xaxis.set_minor_locator(NullLocator())
+    whole_numbers(axes[0].yaxis)
+    axes[0].set_ylabel("training step, ms")
+    figure.savefig(HERE / "growth.png", dpi=200)
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    versions = {name: version(name) for name in ("torch", "transformers", "mujoco", "gymnasium", "numpy")}
-    print(f"{platform.platform()}, {os.cpu_count()} cores; " + ", ".join(f"{k} {v}" for k, v in versions.items()))
-    trajectories = collecting()
-    loading(trajectories)
-    for size, context, batch, steps in (("mini", 20, 8, 60), ("mini", 20, 64, 9), ("mini", 1, 64, 60), ("chibit", 20, 64, 9)):
-        training(trajectories, size, context, batch, steps)
-    for context in (1, 20):
-        rollouts(trajectories, context)
-    pd.DataFrame(rows).to_csv(Path(__file__).with_name("results.csv"), index=False)
+    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine(),
+               "bfloat16": "bfloat16" in PRECISIONS, "size": SIZE,
+               "versions": {name: version(name) for name in ("torch", "transformers", "mujoco", "gymnasium", "numpy")}}
+    print(json.dumps(machine, indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DTLIB_CACHE"] = folder
+        trajectories = stages()
+        training(trajectories)
+        for threads in sorted({1, os.cpu_count() or 1}):
+            physics(threads)
+        for context in (20, 1):
+            rollouts(context)
+        grown = growth(trajectories)
+        for context in (1, 20):
+            whole_run(f"10 × 100 steps, 11 evaluations, K = {context}", size=SIZE, context=context, epochs=10,
+                      steps_per_epoch=100, warmup_steps=100, evaluation_episodes=20)
+        whole_run("one run of notebook 00, laptop profile", size="mini", epochs=4, steps_per_epoch=150, batch_size=16,
+                  learning_rate=1e-3, warmup_steps=50, learning_rate_decay=True, dropout=(0.0, 0.0, 0.0),
+                  time_embedding_std=0.02, evaluation_episodes=10)
+    table = pd.DataFrame(rows)
+    table.to_csv(HERE / "results.csv", index=False, float_format="%.4g")
+    grown.to_csv(HERE / "growth.csv", index=False, float_format="%.4g")
+    (HERE / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
+    draw(table, grown)
 
 
 if __name__ == "__main__":
