@@ -247,6 +247,11 @@ class WindowSampler:
         self._offsets = torch.arange(context, device=device)
         self.number_of_steps = len(trajectories.rewards)
 
+    def whole_starts(self) -> torch.Tensor:
+        """The starts of all windows that need no padding, (n,) int64."""
+        rows = torch.arange(self.number_of_steps, device=self._ends.device)
+        return rows[rows + len(self._offsets) <= self._ends[:-1]]
+
     def windows(self, starts: torch.Tensor) -> Windows:
         """The windows that begin at rows ``starts``, (B,) int64, on this sampler's device; no copy to the host."""
         rows = starts[:, None] + self._offsets

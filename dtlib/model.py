@@ -5,12 +5,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
 from transformers import GPT2Config, GPT2Model, ImageGPTConfig, ImageGPTModel
+from transformers.activations import NewGELUActivation
 
 from dtlib.errors import UserError, cache_root, sha256
 from dtlib.seeding import stream_seed
@@ -29,6 +31,7 @@ class Initialisation:
     carrier: str = "gpt2"  # or "imagegpt", whose norm does not centre and has no bias
     heads: int | None = None  # of random weights; None: as the size has it. Pre-trained ones bring this and the next
     activation: str = "gelu_new"
+    scramble: Literal["shuffled", "rotated"] | None = None  # what is done to the weights: see scrambled
 
 
 INITIALISATIONS = {
@@ -46,9 +49,13 @@ INITIALISATIONS = {
     "image-native": Initialisation(made="image", carrier="imagegpt"),
     "markov": Initialisation(made="markov"),
     "iid": Initialisation(made="iid"),
+    # Controls that keep the scale of the language model's tensors, or their singular values, and nothing that was learnt.
+    "language-shuffled": Initialisation(made="language", scramble="shuffled"),
+    "language-rotated": Initialisation(made="language", scramble="rotated"),
 }
 SHIPPED = Path(__file__).parent / "starting_points"
 
+STATES, LAST = slice(1, None, 3), slice(-1, None)  # of the tokens R̂_1, s_1, a_1, R̂_2, …
 CARRIERS = {"gpt2": (GPT2Config, GPT2Model), "imagegpt": (ImageGPTConfig, ImageGPTModel)}
 
 # The one place that lists what a weights file may hold beyond the blocks (left out here), and what it may lack.
@@ -156,36 +163,37 @@ class DecisionTransformer(nn.Module):
         kinds = (self.embed_return(returns_to_go.unsqueeze(-1)), self.embed_state(states), self.embed_action(actions))
         return (self.embed_ln(torch.stack(kinds, dim=2)) + self.embed_time(time_steps).unsqueeze(2)).flatten(1, 2)
 
-    def hidden(self, tokens: Tensor, last: bool = False) -> Tensor:
-        """The blocks and the final norm: (B, T, D) → (B, T, D), or (B, 1, D), that of the last token, if ``last``.
+    def hidden(self, tokens: Tensor, wanted: slice = slice(None)) -> Tensor:
+        """The blocks and the final norm: (B, T, D) → (B, W, D), W of the tokens being ``wanted``.
 
         Causal: padding that comes last needs no mask. The blocks' layers are transformers'; they are put together here, the
-        same for GPT-2 and ImageGPT, with cheaper dropout, a fused GELU, and nothing that ``last`` does not need.
+        same for GPT-2 and ImageGPT, with cheaper dropout, a fused GELU, and in the last block nothing for unwanted tokens.
         """
         hidden = self._dropped(tokens, self.config.embd_pdrop)
         for block in self.h:
-            only = slice(-1, None) if last and block is self.h[-1] else slice(None)
+            only = wanted if block is self.h[-1] else slice(None)
             hidden = self._dropped(self._attention(block, hidden, only), self.config.resid_pdrop, hidden[:, only])
             inner = block.mlp.c_fc(block.ln_2(hidden))
-            fused = self.config.activation_function == "gelu_new"
+            fused = isinstance(block.mlp.act, NewGELUActivation)
             inner = gelu(inner, approximate="tanh") if fused else block.mlp.act(inner)
             hidden = self._dropped(block.mlp.c_proj(inner), self.config.resid_pdrop, hidden)
         return self.ln_f(hidden)
 
     def _attention(self, block: nn.Module, hidden: Tensor, only: slice) -> Tensor:
-        """The attention branch of a block for the tokens ``only``: (B, T, D) → (B, T or 1, D)."""
+        """The attention branch of a block for W tokens, ``only``: (B, T, D) → (B, W, D)."""
         batch, tokens, width = hidden.shape
-        split = block.attn.c_attn(block.ln_1(hidden)).view(batch, tokens, 3, self.config.n_head, -1)
+        split = block.attn.c_attn(block.ln_1(hidden)).view(batch, tokens, 3, block.attn.num_heads, -1)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         drop = self.config.attn_pdrop if self.training else 0.0
         if drop and not hidden.is_cuda:  # where torch has no fused kernel with dropout
-            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-            future = torch.full((tokens, tokens), -torch.inf, dtype=scores.dtype).triu(1)
+            scores = query[:, :, only] @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+            future = torch.full((tokens, tokens), -torch.inf, dtype=scores.dtype).triu(1)[only]
             mixed = self._dropped((scores + future).softmax(-1), drop) @ value
+        elif only == LAST:  # it sees all
+            mixed = scaled_dot_product_attention(query[:, :, only], key, value, dropout_p=drop)
         else:
-            causal = only == slice(None)  # the last token sees all
-            mixed = scaled_dot_product_attention(query[:, :, only], key, value, dropout_p=drop, is_causal=causal)
-        return block.attn.c_proj(mixed.transpose(1, 2).reshape(batch, -1, width))
+            mixed = scaled_dot_product_attention(query, key, value, dropout_p=drop, is_causal=True)[:, :, only]
+        return block.attn.c_proj(mixed.transpose(1, 2).reshape(batch, -1, width).contiguous())
 
     def _dropped(self, branch: Tensor, probability: float, residual: Tensor | None = None) -> Tensor:
         """``residual`` (or 0) + dropout of ``branch``, in training.
@@ -207,7 +215,7 @@ class DecisionTransformer(nn.Module):
     def act(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """The last step's predicted action (B, A), as in ``forward`` but for all that it does not need."""
         tokens = self.embed(states, actions, returns_to_go, time_steps)[:, :-1]  # the last action is what is asked for
-        return torch.tanh(self.hidden(tokens, last=True)[:, 0] @ self.embed_action.weight)
+        return torch.tanh(self.hidden(tokens, LAST)[:, 0] @ self.embed_action.weight)
 
     def forward(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """Predicted actions (B, K, A).
@@ -215,8 +223,47 @@ class DecisionTransformer(nn.Module):
         states (B, K, S) standardised; actions (B, K, A), a_t itself is not seen by its prediction; returns_to_go (B, K)
         scaled; time_steps (B, K) int64 below ``horizon``. Windows are padded on the right.
         """
-        hidden = self.hidden(self.embed(states, actions, returns_to_go, time_steps))
-        return torch.tanh(hidden[:, 1::3] @ self.embed_action.weight)  # from the state tokens: â = tanh(W_aᵀ h)
+        tokens = self.embed(states, actions, returns_to_go, time_steps)[:, :-1]  # no prediction sees the last action
+        return torch.tanh(self.hidden(tokens, STATES) @ self.embed_action.weight)  # from the state tokens: â = tanh(W_aᵀ h)
+
+
+def swap_block(model: DecisionTransformer, donor: DecisionTransformer, block: int) -> None:
+    """Put ``donor``'s block of number ``block`` into ``model``, with its own heads and activation (paper A, 5.6.1 [code]).
+
+    Raises UserError if there is no such block, or it belongs to another width or architecture.
+    """
+    if block not in range(min(len(model.h), len(donor.h))):
+        raise UserError(f"There is no block {block} to swap: choose one from 0 to {min(len(model.h), len(donor.h)) - 1}.")
+    ours, theirs = ((m.config.model_type, m.config.hidden_size) for m in (model, donor))
+    if ours != theirs:
+        raise UserError(f"A block of {theirs[0]}, width {theirs[1]}, does not fit into {ours[0]}, width {ours[1]}: choose a "
+                        "donor of the same size and architecture.")
+    model.h[block] = donor.h[block]
+
+
+def reset_heads(model: DecisionTransformer, heads: tuple[int, ...]) -> None:
+    """Draw the weights of some of block 0's heads anew, as GPT-2 starts them (Zhao et al. 2025), from torch's generator."""
+    attention, std = model.h[0].attn, model.config.initializer_range
+    if wrong := [head for head in heads if head not in range(attention.num_heads)]:
+        raise UserError(f"There is no head {wrong[0]} to reset: block 0 has heads 0 to {attention.num_heads - 1}.")
+    of_head = (3, attention.num_heads, -1)
+    with torch.no_grad():
+        for head in heads:
+            attention.c_attn.weight.unflatten(1, of_head)[:, :, head].normal_(std=std)
+            attention.c_attn.bias.unflatten(0, of_head)[:, head].zero_()
+            attention.c_proj.weight.unflatten(0, of_head[1:])[head].normal_(std=std / (2 * len(model.h)) ** 0.5)
+
+
+def scrambled(tensor: Tensor, how: str) -> Tensor:
+    """A tensor like ``tensor`` but for what was learnt, drawn from torch's generator.
+
+    "shuffled": the same entries in random order. "rotated": a matrix's singular values between random orthogonal maps; of a
+    vector the same entries in random order.
+    """
+    if how == "shuffled" or tensor.dim() == 1:
+        return tensor.flatten()[torch.randperm(tensor.numel())].view_as(tensor)
+    rows, columns = (nn.init.orthogonal_(torch.empty(n, n)) for n in tensor.shape)
+    return (rows @ tensor.float() @ columns).to(tensor.dtype)
 
 
 def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]]:
@@ -245,12 +292,14 @@ def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]
 
 
 def build_model(initialisation: str, size: str, task: Task, seed: int, dropout: tuple[float, float, float] = (0.2, 0.1, 0.1),
-                time_embedding_std: float = 1.0) -> DecisionTransformer:
+                time_embedding_std: float = 1.0, donor: str | None = None, swapped_block: int = 0,
+                reset: tuple[int, ...] = ()) -> DecisionTransformer:
     """A Decision Transformer at its starting point, float32, on the CPU, in training mode; the same for the same seed.
 
     Layers other than the blocks start as torch's defaults, the time-step table as a standard normal [code]: added after the
     input norm it is as large as all else, which long training overcomes; ``time_embedding_std`` shrinks it for short runs.
-    ``size``: of random weights and those made here. ``dropout``: residual, attention, embedding. UserError: bad names, files.
+    ``size``: of random weights and those made here. ``dropout``: residual, attention, embedding. ``donor``: an initialisation
+    whose block ``swapped_block`` takes the place of this one's; ``reset``: see reset_heads. UserError: bad names, files.
     """
     row = get_initialisation(initialisation)
     if size not in SIZES:
@@ -276,8 +325,15 @@ def build_model(initialisation: str, size: str, task: Task, seed: int, dropout: 
         torch.manual_seed(stream_seed(seed, "weights"))
         model = DecisionTransformer(task, backbone)
         nn.init.normal_(model.embed_time.weight, std=time_embedding_std)
-    if folder is not None:
-        load_blocks(model, folder)
+        if folder is not None:
+            load_blocks(model, folder)
+        torch.manual_seed(stream_seed(seed, "controls"))
+        if row.scramble:
+            model.load_state_dict({name: scrambled(tensor, row.scramble) for name, tensor in model.state_dict().items()
+                                   if name.startswith("h.")}, strict=False)
+        reset_heads(model, reset)
+    if donor is not None:
+        swap_block(model, build_model(donor, size, task, seed, dropout), swapped_block)
     return model
 
 

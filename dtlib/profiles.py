@@ -11,7 +11,7 @@ ALL_TASKS = ["hopper", "halfcheetah", "walker2d"]
 AS_PAPER = dict(  # paper A's architecture, training and evaluation
     device="cuda", tasks=ALL_TASKS, size="gpt2", epochs=40, steps_per_epoch=2500, batch_size=64, learning_rate=1e-4,
     learning_rate_decay=False, dropout=[0.2, 0.1, 0.1], context=20, warmup_steps=5000, time_embedding_std=1.0,
-    evaluation_episodes=100, precision="float32", dataset_steps=10**6)
+    evaluation_episodes=100, precision="float32", dataset_steps=10**6, checkpoints=[1, 4])
 PROFILES: dict[str, dict[str, object]] = {
     "smoke": dict(dataset_steps=5_000, seeds=[0, 1], epochs=1, steps_per_epoch=3, batch_size=8, warmup_steps=2,
                   time_embedding_std=0.02, evaluation_episodes=2),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dtlib import data
 from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, sha256, versions
 from dtlib.evaluate import rollout
-from dtlib.model import CARRIERS, SIZES, DecisionTransformer, build_model, load_checkpoint, weights_digest
+from dtlib.model import CARRIERS, SIZES, DecisionTransformer, build_model, load_checkpoint, swap_block, weights_digest
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
 from dtlib.train import action_error, choose_device, load_state, make_optimiser, save_state, train_epoch
@@ -58,14 +58,17 @@ class RunConfig:
     target_return: float | None = None  # None: the task's first target
     evaluation_episodes: Count = 100
     checkpoints: Annotated[tuple[int, ...], Field(strict=False)] = ()  # epochs kept beside the first (0) and the last
-    starting_weights: str | None = None  # filled in: see weights_digest
+    donor: str | None = None  # initialisation that gives one block, swapped_block
+    swapped_block: Whole = 0
+    reset_heads: Annotated[tuple[Whole, ...], Field(strict=False)] = ()  # of block 0, drawn anew
+    starting_weights: str | None = None  # filled in: see _digests
 
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, values: object, build: Callable) -> "RunConfig":
         config = checked(cls, values, build)
         if config.starting_weights is None:
-            object.__setattr__(config, "starting_weights", weights_digest(config.initialisation, config.size, config.seed))
+            object.__setattr__(config, "starting_weights", _digests(config))
         if config.target_return is None:
             object.__setattr__(config, "target_return", get_task(config.task).targets[0])
         return config
@@ -75,6 +78,11 @@ class RunConfig:
         """Folder name: readable first, then the hash of the whole config that makes it unique."""
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.task}-{Path(self.initialisation).name}-K{self.context}-seed{self.seed}-{digest}"
+
+
+def _digests(config: RunConfig) -> str:
+    names = filter(None, (config.initialisation, config.donor))
+    return "+".join(weights_digest(name, config.size, config.seed) for name in names)
 
 
 def runs_root() -> Path:
@@ -120,8 +128,10 @@ class Run:
             raise UserError(f"{self.path.name} has no {path.name}: choose one that it keeps, {', '.join(digests)}.")
         if not path.is_file() or sha256(path) != digests[path.name]:
             raise UserError(f"{path} was changed or removed: delete its folder and run again.")
-        backbone = self.record["backbone"]
-        model = DecisionTransformer(get_task(self.config.task), CARRIERS[backbone["model_type"]][0].from_dict(backbone))
+        model, *donor = (DecisionTransformer(get_task(self.config.task), CARRIERS[config["model_type"]][0].from_dict(config))
+                         for config in (self.record["backbone"], self.record["donor"]) if config is not None)
+        if donor:
+            swap_block(model, *donor, self.config.swapped_block)
         load_checkpoint(model, path)
         return model.eval()
 
@@ -135,10 +145,11 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
     """Train in ``folder``, from its last finished epoch if there is one, and leave run.json and the checkpoints there."""
     task, trajectories = get_task(config.task), load_data(config, progress=False)
     sampler = data.WindowSampler(trajectories, config.context, task.return_scale, device)
-    if config.starting_weights != weights_digest(config.initialisation, config.size, config.seed):
+    if config.starting_weights != _digests(config):
         raise UserError(f"The weights of {config.initialisation!r} changed since this run was asked for: ask for it anew.")
-    start = config.initialisation, config.size, task, config.seed, config.dropout, config.time_embedding_std
-    model = build_model(*start).to(device)
+    model = build_model(config.initialisation, config.size, task, config.seed, config.dropout, config.time_embedding_std,
+                        config.donor, config.swapped_block, config.reset_heads).to(device)
+    donor = None if config.donor is None else model.h[config.swapped_block].attn.config.to_dict()
     # Rollouts meet many shapes and stay eager; both share the parameters.
     training_model = torch.compile(model) if config.compile else model
     optimiser = make_optimiser(model, config.learning_rate, config.weight_decay, config.adam_epsilon)
@@ -179,7 +190,8 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
                 save_file({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary)
         save_state(state, model, optimiser, progress)
     record = {
-        "config": dataclasses.asdict(config), "backbone": model.config.to_dict(), "metrics": progress["metrics"],
+        "config": dataclasses.asdict(config), "backbone": model.config.to_dict(), "donor": donor,
+        "metrics": progress["metrics"],
         "data": {"fingerprint": trajectories.fingerprint, "summary": trajectories.summary(),
                  "state_mean": trajectories.state_mean.tolist(), "state_std": trajectories.state_std.tolist()},
         "provenance": {"device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),

@@ -372,3 +372,62 @@ def test_starting_points_made_here_fill_the_blocks(made):
         nn.init.zeros_(theirs.wpe.weight)
         difference = (model.hidden(tokens) - theirs(inputs_embeds=tokens).last_hidden_state).abs().max()
         assert difference > 0.1 if name == "image" else difference < 1e-5  # another norm is another function
+
+
+def test_a_swapped_block_keeps_its_heads_and_activation():
+    host, donor = (dt.build_model(name, "mini", get_task("hopper"), seed=0).eval() for name in ("random", "language"))
+    swapped = dt.build_model("random", "mini", get_task("hopper"), seed=0, donor="language", swapped_block=0).eval()
+    for name, tensor in swapped.state_dict().items():
+        source = donor if name.startswith("h.0.") else host
+        assert torch.equal(tensor, source.state_dict()[name]), name
+    assert [block.attn.num_heads for block in swapped.h] == [4, 1, 1, 1]
+    tokens = torch.randn(2, 9, 128)
+
+    def run(*blocks):  # transformers' own forward passes
+        hidden = tokens
+        for block in blocks:
+            hidden = block(hidden)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return host.ln_f(hidden)
+
+    torch.testing.assert_close(swapped.hidden(tokens), run(donor.h[0], *host.h[1:]), rtol=0, atol=1e-5)
+    assert (swapped.hidden(tokens) - run(*host.h)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("donor, block, sentence", [
+    ("language", 4, "no block 4"), ("image-native", 1, "A block of imagegpt")])
+def test_blocks_that_do_not_fit_are_refused(donor, block, sentence):
+    with pytest.raises(UserError, match=sentence):
+        dt.build_model("random", "mini", get_task("hopper"), seed=0, donor=donor, swapped_block=block)
+
+
+def test_reset_heads_changes_only_those_heads():
+    plain, reset = (dt.build_model("language", "mini", get_task("hopper"), seed=0, reset=heads) for heads in ((), (1, 3)))
+    changed = {name for name, tensor in reset.state_dict().items() if not torch.equal(tensor, plain.state_dict()[name])}
+    assert changed == {"h.0.attn.c_attn.weight", "h.0.attn.c_attn.bias", "h.0.attn.c_proj.weight"}
+    weight, before = (m.h[0].attn.c_attn.weight.unflatten(1, (3, 4, 32)) for m in (reset, plain))
+    same = (weight == before).all(0).all(-1)
+    assert same.tolist() == [[True, False, True, False]] * 3
+    assert weight[:, :, 1].std().item() == pytest.approx(0.02, rel=0.05)
+    assert (reset.h[0].attn.c_attn.bias.unflatten(0, (3, 4, 32))[:, [1, 3]] == 0).all()
+    rows, before = (m.h[0].attn.c_proj.weight.unflatten(0, (4, 32)) for m in (reset, plain))
+    assert torch.equal(rows[[0, 2]], before[[0, 2]]) and rows[1].std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
+    with pytest.raises(UserError, match="no head 4"):
+        dt.build_model("language", "mini", get_task("hopper"), seed=0, reset=(4,))
+
+
+@pytest.mark.parametrize("how", ["shuffled", "rotated"])
+def test_scrambled_starts_keep_what_they_promise(how):
+    plain, scrambled = (dt.build_model(name, "mini", get_task("hopper"), seed=0) for name in ("language", f"language-{how}"))
+    again = dt.build_model(f"language-{how}", "mini", get_task("hopper"), seed=0)
+    for name, tensor in scrambled.state_dict().items():
+        before = plain.state_dict()[name]
+        assert torch.equal(tensor, again.state_dict()[name])
+        if not name.startswith("h."):
+            assert torch.equal(tensor, before)
+        elif how == "shuffled" or tensor.dim() == 1:
+            assert torch.equal(tensor.flatten().sort().values, before.flatten().sort().values)
+        else:
+            torch.testing.assert_close(torch.linalg.svdvals(tensor), torch.linalg.svdvals(before), rtol=1e-3, atol=1e-3)
+        if name.startswith("h.") and tensor.std() > 0:
+            assert not torch.equal(tensor, before), name
