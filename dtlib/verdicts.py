@@ -7,11 +7,11 @@ MEASURES = ("as released", "as written", "corrected")
 
 
 def decide(section: str, claim: str, rule: str, measure: str, task: str, values: np.ndarray, threshold: float = 0.0) -> dict:
-    """A row for notebook 10, decided by one number a seed, ``values`` (seeds,): the claim says that they lie above ``threshold``.
+    """A row for notebook 10, decided by one number a seed, ``values`` (seeds,): the claim says they exceed ``threshold``.
 
     Their mean's 95 % t-interval over seeds decides: all of it above, "supported"; all below, "not supported"; else, and with
-    fewer than three seeds, "undecided". ``section``: of the paper, as in "A 5.1"; ``rule``: one sentence that names the effect.
-    ``measure``: one of MEASURES.
+    fewer than three seeds, "undecided". ``section``: of the paper, as in "A 5.1"; ``rule``: one sentence that names the
+    effect; ``measure``: one of MEASURES. Raises ValueError for another.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure is {measure!r}; expected one of {MEASURES}")

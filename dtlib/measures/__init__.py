@@ -1,0 +1,1 @@
+"""The papers' measures as pure functions of arrays: one file a research question."""
