@@ -95,3 +95,42 @@ def attention(model: DecisionTransformer, windows: Windows) -> list[Tensor]:
     with _hooked(model, {b.attn.c_attn: functools.partial(keep, heads=b.attn.num_heads) for b in model.h}):
         model.hidden(_tokens(model, windows))
     return weights
+
+
+def window_gradients(model: DecisionTransformer, windows: Windows, dropout_seed: int | None = None) -> dict[str, Tensor]:
+    """Inner products of single windows' gradients, a matrix (B, B) for each parameter, float64, on the CPU.
+
+    Entry (i, j) is ⟨g_i, g_j⟩, where g_i is the gradient of window i's own action loss (mean over its real steps and action
+    dimensions) with respect to that parameter; norms and cosines follow. ``dropout_seed``: of dropout, every window under a
+    mask of its own; None: without.
+
+    One backward pass gives the gradients of all modules' outputs; from these come the windows' gradients of one module at a
+    time, (B, its parameters). All at once they would be B models: 34 GB for 100 windows of 12 blocks of width 768.
+    """
+    inputs, outputs = {}, {}
+
+    def keep(module: nn.Module, given: tuple, output: Tensor) -> None:
+        inputs[module], outputs[module] = given[0].detach(), output
+
+    names = {module: name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    with (torch.random.fork_rng([windows.states.device] if windows.states.is_cuda else []), torch.enable_grad(),
+          _hooked(model, dict.fromkeys(names, keep), training=dropout_seed is not None)):
+        if dropout_seed is not None:
+            torch.manual_seed(dropout_seed)
+        predicted = model(windows.states, windows.actions, windows.returns_to_go, windows.time_steps)
+        errors = (predicted - windows.actions).square().mean(-1) * windows.mask
+        loss = (errors.sum(1) / windows.mask.sum(1)).sum()  # of no window does another's loss depend
+        *gradients, of_predicted = torch.autograd.grad(loss, [*outputs.values(), predicted])
+    # The action head is the transposed action embedding: â = tanh(W_aᵀ h).
+    head = torch.einsum("bkd,bka->bda", outputs[model.ln_f].detach(), of_predicted * (1 - predicted.detach().square()))
+    grams = {}
+    for module, gradient in zip(outputs, gradients, strict=True):
+        def of_window(given: Tensor, gradient: Tensor, module: nn.Module = module) -> dict[str, Tensor]:
+            parameters = dict(module.named_parameters(recurse=False))
+            return torch.func.vjp(lambda p: torch.func.functional_call(module, p, (given,)), parameters)[1](gradient)[0]
+
+        for name, own in torch.func.vmap(of_window)(inputs[module], gradient).items():
+            own = own + head if module is model.embed_action and name == "weight" else own
+            rows = own.detach().flatten(1)
+            grams[f"{names[module]}.{name}"] = (rows @ rows.T).double().cpu()
+    return grams

@@ -10,6 +10,7 @@ from dtlib import data, probe
 from dtlib import model as dt
 from dtlib.errors import UserError
 from dtlib.tasks import get_task
+from dtlib.train import action_loss
 
 HOPPER = get_task("hopper")
 THEIRS = {"ln_1": "ln_1", "attn.c_attn": "attn.c_attn", "attn.c_proj": "attn.resid_dropout", "ln_2": "ln_2",
@@ -74,6 +75,53 @@ def test_attention_equals_transformers_eager_attention(model, sampler):
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-9)
         torch.testing.assert_close(mine.sum(-1), torch.ones_like(mine[..., 0]))
         assert (mine.triu(1) == 0).all()
+
+
+def gram_matrices(model, gradients):
+    """From one list of gradients a window, in the order of the model's parameters."""
+    rows = {name: torch.stack(of_windows).flatten(1) for (name, _), of_windows in
+            zip(model.named_parameters(), zip(*gradients, strict=True), strict=True)}
+    return {name: own @ own.T for name, own in rows.items()}
+
+
+def test_window_gradients_equal_a_loop_of_backward_passes(model, sampler):
+    padded = torch.tensor([sampler.number_of_steps - 1])  # an episode's last step
+    windows = doubled(sampler.windows(torch.cat([sampler.whole_starts()[[0, 7, 8, 150]], padded])))
+    assert not windows.mask.all() and model.training
+    before, state = {name: p.clone() for name, p in model.named_parameters()}, torch.get_rng_state()
+    ours = probe.window_gradients(model, windows)
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None and torch.equal(before[name], p) for name, p in model.named_parameters())
+    model.eval()
+    gradients = []
+    for i in range(5):
+        alone = windows._replace(**{name: column[i:i + 1] for name, column in windows._asdict().items()})
+        gradients.append(torch.autograd.grad(action_loss(model(*alone[:4]), alone), list(model.parameters())))
+    theirs = gram_matrices(model, gradients)
+    assert set(ours) == set(theirs)
+    for name, expected in theirs.items():
+        largest = expected.abs().max()
+        assert largest > 0, name
+        torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=1e-8 * float(largest), msg=name)
+
+
+def test_window_gradients_with_dropout(model, sampler):
+    windows = doubled(sampler.windows(sampler.whole_starts()[[0, 7, 7, 150]]))  # the second and third are the same
+    model.eval()
+    ours, again, other, without = (probe.window_gradients(model, windows, seed) for seed in (3, 3, 4, None))
+    assert not model.training
+    with torch.random.fork_rng([]):
+        torch.manual_seed(3)
+        errors = (model.train()(*windows[:4]) - windows.actions).square().mean((1, 2))
+    parameters = list(model.parameters())
+    theirs = gram_matrices(model, [torch.autograd.grad(error, parameters, retain_graph=True) for error in errors])
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()), msg=name)
+        assert torch.equal(ours[name], again[name]) and not torch.equal(ours[name], other[name])
+    name = "h.0.mlp.c_fc.weight"
+    assert without[name][1, 1] == pytest.approx(float(without[name][2, 2]), rel=1e-9)
+    assert abs(ours[name][1, 1] / ours[name][2, 2] - 1) > 0.01  # the same window under two masks
 
 
 def test_an_error_leaves_the_model_as_it_was(sampler):
