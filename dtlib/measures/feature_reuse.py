@@ -30,25 +30,25 @@ def token_features(activation: Tensor) -> Tensor:
 
 
 def gram(features: Tensor) -> Tensor:
-    """Inner products of all pairs of windows, (..., n, n) float64 with zeros on the diagonal, of features (..., n, p)."""
-    products = features.double() @ features.double().mT
-    products.diagonal(dim1=-2, dim2=-1).zero_()
-    return products
+    """Inner products of all pairs of n windows, centred without bias: (..., n, n) float64 of features (..., n, p).
 
-
-def centred(grams: Tensor) -> Tensor:
-    """``gram``'s (..., n, n), centred without bias [code; Székely and Rizzo 2014]: each row sums to 0, and so does the mean
-    product of two independent ones. Exact zeros where only rounding is left. Raises ValueError for less than 4 windows.
+    [code; Székely and Rizzo 2014] The diagonal is 0, each row sums to 0, and the product of two such of independent features
+    is 0 on average. All zeros where only rounding is left. Raises ValueError for less than 4 windows.
     """
-    n = grams.shape[-1]
+    n = features.shape[-2]
     if n < 4:
         raise ValueError(f"Debiased CKA needs at least 4 windows, not {n}.")
-    means = grams.sum(-1) / (n - 2)
-    means = means - means.sum(-1, keepdim=True) / (2 * (n - 1))
-    result = grams - means[..., :, None] - means[..., None, :]
-    result.diagonal(dim1=-2, dim2=-1).zero_()
-    size = grams.abs().amax((-2, -1), keepdim=True)
-    return result.where(result.abs().amax((-2, -1), keepdim=True) > 1e-12 * size, 0.0)
+    features = features.double()
+    products = features @ features.mT
+    products.diagonal(dim1=-2, dim2=-1).zero_()
+    size = products.norm(dim=(-2, -1), keepdim=True)
+    means = products.sum(-1) / (n - 2)
+    means -= means.sum(-1, keepdim=True) / (2 * (n - 1))
+    products -= means[..., :, None]
+    products -= means[..., None, :]
+    products.diagonal(dim1=-2, dim2=-1).zero_()
+    products *= products.norm(dim=(-2, -1), keepdim=True) > 1e-12 * size
+    return products
 
 
 def cka(first: Tensor, second: Tensor, added: float = 0.0) -> Tensor:
@@ -56,26 +56,25 @@ def cka(first: Tensor, second: Tensor, added: float = 0.0) -> Tensor:
 
     NaN where an output is the same for all windows. ``added`` to the denominator: 1e-6 as released, which then gives 0.
     """
-    a, b = centred(first).flatten(-2), centred(second).flatten(-2)
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1) + added)
+    return (first * second).sum((-2, -1)) / (first.norm(dim=(-2, -1)) * second.norm(dim=(-2, -1)) + added)
 
 
 def cka_between(first: Tensor, second: Tensor) -> Tensor:
     """Debiased CKA (l, m) of every one of l ``gram``s (l, n, n) with every one of m (m, n, n)."""
-    a, b = (centred(grams).flatten(-2) for grams in (first, second))
+    a, b = first.flatten(-2), second.flatten(-2)
     return (a / a.norm(dim=-1, keepdim=True)) @ (b / b.norm(dim=-1, keepdim=True)).mT
 
 
 def leave_one_out(first: Tensor, second: Tensor) -> Tensor:
-    """Debiased CKA (..., n) of ``gram``s (..., n, n) without each window in turn, in closed form (Song et al. 2012, eq. 5)."""
-    def hsic(a: Tensor, b: Tensor) -> Tensor:  # times a constant, of the n - 1 windows left
-        left, products = a.shape[-1] - 1, (a * b).sum(-1)
-        rows_a, rows_b = a.sum(-1), b.sum(-1)
-        trace = products.sum(-1, keepdim=True) - 2 * products
-        total_a, total_b = (rows.sum(-1, keepdim=True) - 2 * rows for rows in (rows_a, rows_b))
-        cross = (rows_a * rows_b).sum(-1, keepdim=True) - rows_a * rows_b + products
-        cross = cross - (a @ rows_b[..., None])[..., 0] - (b @ rows_a[..., None])[..., 0]
-        return trace + total_a * total_b / ((left - 1) * (left - 2)) - 2 * cross / (left - 2)
+    """Debiased CKA (..., n) of ``gram``s (..., n, n) without each of n ≥ 5 windows in turn, without computing it n times.
+
+    It is the U-statistic of Song et al. (2012, eq. 5) on the n - 1 windows left, where what the rows sum to drops out.
+    """
+    n = first.shape[-1]
+
+    def hsic(a: Tensor, b: Tensor) -> Tensor:  # times a constant
+        rows = (a * b).sum(-1)
+        return rows.sum(-1, keepdim=True) - 2 * (n - 2) / (n - 3) * rows
     return hsic(first, second) / (hsic(first, first) * hsic(second, second)).sqrt()
 
 
