@@ -8,19 +8,34 @@ from dtlib import batch, runs
 NOTEBOOKS = sorted((batch.repository() / "notebooks").glob("*.ipynb"))
 
 
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """One folder for all notebooks, as the last one gathers what the others recorded."""
+    return tmp_path_factory.mktemp("figures")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_and_repeats_itself(path, tmp_path, capfd):
+def test_runs_and_repeats_itself(path, figures, capfd):
     """Run twice: the second time every run is found, and the numbers are the same to the byte."""
     trained = []
     for attempt in ("first", "second"):
-        batch.run("smoke", [path.stem], figures=str(tmp_path / attempt))
+        batch.run("smoke", [path.stem], figures=str(figures / attempt))
         trained.append({file: file.stat().st_mtime_ns for file in runs.runs_root().rglob("*") if file.is_file()})
-    folders = [tmp_path / attempt / "smoke" / path.stem for attempt in ("first", "second")]
+    folders = [figures / attempt / "smoke" / path.stem for attempt in ("first", "second")]
     numbers = [{file.name: file.read_bytes() for file in sorted(folder.glob("*")) if file.suffix in (".csv", ".json")}
                for folder in folders]
     assert numbers[0] == numbers[1] and len(numbers[0]) > 1
     assert trained[0] == trained[1]
     capfd.readouterr()  # progress bars
+
+
+def test_notebooks_share_their_settings():
+    """So that they share stored runs: the same name has the same default everywhere, but for what each compares."""
+    first = batch.defaults(nbformat.read(NOTEBOOKS[0], as_version=4), NOTEBOOKS[0].stem)
+    for path in NOTEBOOKS:
+        theirs = batch.defaults(nbformat.read(path, as_version=4), path.stem)
+        for name in first.keys() & theirs.keys() - {"initialisations", "context"}:
+            assert theirs[name] == first[name], f"{path.stem}: {name}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
