@@ -20,8 +20,10 @@ def gaussian_pairs(correlation, count, dimensions=2, noise=0, problems=1, seed=0
     return x, y @ turn, -dimensions * math.log(1 - correlation ** 2) / 2
 
 
-def halves(*parts):
-    return [part[:, half] for half in (slice(None, 1000), slice(1000, None)) for part in parts]
+def variates_of(x, y):
+    """Directions from the first 1000 pairs; along them the next 1000 and the rest, as x, y, x_test, y_test."""
+    thirds = [(x[:, rows], y[:, rows]) for rows in (slice(1000), slice(1000, 2000), slice(2000, None))]
+    return [part for pair in mi.canonical_variates(*thirds[0], *thirds[1:]) for part in pair]
 
 
 class MovingAverageLog(torch.autograd.Function):
@@ -73,7 +75,7 @@ def test_stacked_networks_train_as_each_would_alone(hidden, batch_size):
         torch.testing.assert_close(mi.mine(x[i:i + 1], y[i:i + 1], **settings)[0], together[i], rtol=0, atol=1e-10)
         assert together[i].item() == pytest.approx(plain_mine(x[i], y[i], **settings), abs=1e-8)
     assert together.std() > 0.01  # three problems, not one three times
-    variates = mi.canonical_variates(*halves(*gaussian_pairs(0.9, 1300, noise=3, problems=3)[:2]))
+    variates = variates_of(*gaussian_pairs(0.9, 2300, noise=3, problems=3)[:2])
     stacked = mi.info_nce(*variates, steps=10)
     for i in range(3):
         torch.testing.assert_close(mi.info_nce(*(part[i:i + 1] for part in variates), steps=10)[0], stacked[i],
@@ -105,16 +107,15 @@ def test_as_released_finds_information_where_there_is_none():
     x, y, truth = gaussian_pairs(0.0, 100, noise=60, problems=3)
     found = mi.mine(x.float(), y.float(), hidden=(64, 64, 64), passes=50, learning_rate=2e-3)
     assert truth == 0 and found.min() > 0.5
-    x, y, _ = gaussian_pairs(0.0, 2000, noise=60, problems=3)
-    variates = mi.canonical_variates(*halves(x, y))
+    variates = variates_of(*gaussian_pairs(0.0, 3000, noise=60, problems=3)[:2])
     assert mi.info_nce(*variates).max() < 0.05
     assert mi.gaussian(*variates[2:]).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.6, 0.9])
 def test_estimates_reach_the_closed_form(correlation):
-    x, y, truth = gaussian_pairs(correlation, 2000, problems=3)
-    variates = mi.canonical_variates(*halves(x, y))
+    x, y, truth = gaussian_pairs(correlation, 3000, problems=3)
+    variates = variates_of(x, y)
     assert mi.gaussian(*variates[2:]).mean().item() == pytest.approx(truth, abs=0.05)
     assert mi.ksg(*variates[2:]).mean().item() == pytest.approx(truth, abs=0.1)
     assert truth - 0.2 < mi.info_nce(*variates).mean().item() < truth + 0.05
@@ -124,15 +125,16 @@ def test_estimates_reach_the_closed_form(correlation):
 
 def test_noise_in_other_dimensions_lowers_a_held_out_estimate_only():
     x, y, truth = gaussian_pairs(0.9, 2000, noise=60, problems=3)
-    u, v, *held_out = mi.canonical_variates(*halves(x, y))
-    assert mi.gaussian(u, v).mean() > truth  # in the pairs that chose the directions
+    own = x[:, :1000], y[:, :1000]
+    fitted, held_out = mi.canonical_variates(*own, own, (x[:, 1000:], y[:, 1000:]))
+    assert mi.gaussian(*fitted).mean() > truth  # in the pairs that chose the directions
     assert truth - 0.25 < mi.gaussian(*held_out).mean() < truth
 
 
 def test_info_nce_counts_the_right_answers():
     """Against loops: shuffles of whole groups, and log(group) as the ceiling even where I is infinite."""
-    x, y, _ = gaussian_pairs(0.9, 1700, problems=1)
-    variates = mi.canonical_variates(*halves(x, y))
+    x, y, _ = gaussian_pairs(0.9, 2700, problems=1)
+    variates = variates_of(x, y)
     found = mi.info_nce(*variates, steps=0, group=300)
     generator = torch.Generator().manual_seed(0)
     g, h = (mi._networks((2, 32, 16), x, generator) for _ in range(2))
@@ -147,13 +149,14 @@ def test_info_nce_counts_the_right_answers():
                 total.append(scores[i] - np.log(np.mean(np.exp(scores))))
         expected.append(np.mean(total))
     np.testing.assert_allclose(found[0].numpy(), expected, rtol=0, atol=1e-10)
-    same = mi.info_nce(x[:, :1000], x[:, :1000], x[:, 1000:], x[:, 1000:], steps=300, group=20)
+    same = mi.info_nce(x[:, :1000], x[:, :1000], x[:, 2000:], x[:, 2000:], steps=300, group=20)
     assert same.min() > 2.0 and same.max() <= math.log(20)
 
 
 def test_canonical_variates_are_those_of_linear_algebra():
     x, y, _ = gaussian_pairs(0.8, 1500, dimensions=3, noise=4)
-    u, v, held_out, _ = mi.canonical_variates(*halves(10 * x - 3, y), ridge=0.0)
+    own = 10 * x[:, :1000] - 3, y[:, :1000]
+    (u, v), (held_out, _) = mi.canonical_variates(*own, own, (x[:, 1000:], y[:, 1000:]), ridge=0.0)
     bases = [np.linalg.qr(part[0, :1000].numpy() - part[0, :1000].numpy().mean(0))[0] for part in (x, y)]
     expected = np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
     np.testing.assert_allclose((u * v).mean(1)[0].numpy(), expected, atol=2e-3)

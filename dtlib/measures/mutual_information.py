@@ -13,7 +13,8 @@ from scipy.spatial import cKDTree
 from scipy.special import digamma
 from torch import Tensor
 
-Layers = list[tuple[Tensor, Tensor]]
+Pair = tuple[Tensor, Tensor]
+Layers = list[Pair]
 
 
 def _networks(sizes: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Layers:
@@ -48,7 +49,7 @@ def mine(x: Tensor, y: Tensor, hidden: tuple[int, ...] = (400, 400, 400), passes
     generator, count = torch.Generator().manual_seed(seed), x.shape[1]
     layers = _networks((x.shape[2] + y.shape[2], *hidden, 1), x, generator)
 
-    def critic(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def critic(rows: Tensor) -> Pair:
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
         pairs = torch.cat([x[:, rows].repeat(1, 2, 1), y[:, torch.cat([rows, shuffled])]], dim=2)
         return _forward(layers, pairs)[..., 0].chunk(2, dim=1)  # of the joint and of the marginal, each (M, B)
@@ -68,24 +69,26 @@ def mine(x: Tensor, y: Tensor, hidden: tuple[int, ...] = (400, 400, 400), passes
         return joint.mean(1) - marginal.exp().mean(1).log()
 
 
-def canonical_variates(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, ridge: float = 1e-2) -> tuple[Tensor, ...]:
-    """All four along the directions that correlate most in (x, y), best first: (M, N, k), (M, N', k) with k = min(P, Q).
+def canonical_variates(x: Tensor, y: Tensor, *others: Pair, ridge: float = 1e-2) -> list[Pair]:
+    """``others``, pairs (M, N', P) and (M, N', Q), along the directions that correlate most in (x, y), best first.
 
-    A function of x alone and one of y alone share at most I(X;Y), so that what is found on the test pairs does not exceed it,
-    but for an estimator's own error. ``ridge`` is added to the variances, which are 1.
+    Each becomes a pair of (M, N', k), k = min(P, Q). A function of x alone and one of y alone share at most I(X;Y), so that
+    what is found on other pairs does not exceed it, but for an estimator's own error. ``ridge`` is added to the variances, 1.
     """
-    def standardised(train: Tensor, test: Tensor) -> list[Tensor]:
-        return [(part - train.mean(1, keepdim=True)) / (train.std(1, keepdim=True) + 1e-6) for part in (train, test)]
+    scales = [(part.mean(1, keepdim=True), part.std(1, keepdim=True) + 1e-6) for part in (x, y)]
+
+    def standardised(pair: Pair) -> list[Tensor]:
+        return [(part - mean) / sd for part, (mean, sd) in zip(pair, scales, strict=True)]
 
     def whitener(part: Tensor) -> Tensor:
         covariance = part.mT @ part / part.shape[1] + ridge * torch.eye(part.shape[2]).to(part)
         return torch.linalg.inv(torch.linalg.cholesky(covariance)).mT
 
-    (x, x_test), (y, y_test) = standardised(x, x_test), standardised(y, y_test)
+    x, y = standardised((x, y))
     left, right = whitener(x), whitener(y)
     u, _, vh = torch.linalg.svd(left.mT @ x.mT @ y @ right, full_matrices=False)
     left, right = left @ u, right @ vh.mT
-    return x @ left, y @ right, x_test @ left, y_test @ right
+    return [(x @ left, y @ right) for x, y in map(standardised, others)]
 
 
 def info_nce(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, width: int = 32, embedding: int = 16, steps: int = 100,
