@@ -32,7 +32,7 @@ def change(before: Tensor, after: Tensor) -> dict[str, float]:
 
 
 def depth_contrast(depth: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Mean of ``values`` (n,) in the first third of the blocks minus that in the last; and the same divided by the mean of all.
+    """Mean of ``values`` (n,) in the first third of the blocks minus that in the last; and that divided by the mean of all.
 
     ``depth`` (n,): where each value's block stands, (block + ½) / L, so that 4 blocks and 24 can be compared. NaN values (see
     change) are left out.
