@@ -10,7 +10,7 @@ figures: .venv/installed          # make figures PROFILE=smoke NOTEBOOKS="00 03"
 	.venv/bin/python -m dtlib figures --profile $(PROFILE) $(NOTEBOOKS)
 
 test: .venv/installed
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadgroup
 
 lab: .venv/installed
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[lab]'

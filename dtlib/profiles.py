@@ -18,7 +18,7 @@ AS_PAPER = dict(  # paper A's architecture, training and evaluation
     critic_steps=1000, full_size_correlations=[])
 PROFILES: dict[str, dict[str, object]] = {
     "smoke": dict(dataset_steps=5_000, seeds=[0, 1], epochs=1, steps_per_epoch=3, batch_size=8, warmup_steps=2,
-                  time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, gradient_windows=20,
+                  time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, windows=30, gradient_windows=20,
                   corrected_windows=150, critic_steps=10, mine_passes=5, full_size_correlations=[]),
     "laptop": {},  # the notebooks' own defaults
     "full": dict(tasks=ALL_TASKS, seeds=[0, 1, 2, 3, 4], control_hosts=["random-matched"],

@@ -11,6 +11,14 @@ from dtlib.tasks import get_task
 torch.set_num_threads(1)  # as every run on a CPU has; faster for models this small, too
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of two processes each takes whole files, but for the notebooks, half of all the work, which are divided."""
+    for item in items:
+        slow = item.path.stem == "test_notebooks" and any(number in item.name for number in ("[02_", "[04_", "[07_", "[08_"))
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{' 2' * slow}"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """No test reads or writes the user's cache; child processes inherit the variable."""

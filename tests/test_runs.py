@@ -1,6 +1,7 @@
 """The run store: interruptions at any moment, several processes, damage by hand, a full disk."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -203,6 +204,17 @@ def test_global_generator_and_threads_are_left_as_they_were(config, tmp_path, mo
     assert torch.rand(1) == expected and torch.get_num_threads() == threads
 
 
+def test_a_swapped_block_survives_the_disk(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    swapped = dataclasses.replace(config, size="mini", donor="language", swapped_block=2, starting_weights=None)
+    assert swapped.starting_weights and swapped.name != config.name
+    start = build_model("random", "mini", get_task("hopper"), 0, donor="language", swapped_block=2).eval()
+    loaded = runs.fine_tune(swapped).load_model(0)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in start.state_dict().items())
+    tokens = torch.randn(2, 6, 128)
+    assert torch.equal(loaded.hidden(tokens), start.hidden(tokens))  # and so do its heads and its activation
+
+
 # --- what users get wrong ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("values", "says"), [
@@ -210,7 +222,8 @@ def test_global_generator_and_threads_are_left_as_they_were(config, tmp_path, mo
     ({"learning_rate": "1e-4"}, "learning_rate"), ({"size": "huge"}, "'mini'"), ({"precision": "float16"}, "bfloat16"),
     ({"task": "ant"}, "halfcheetah"), ({"initialisation": "bert"}, "random-matched"),
     ({"gradient_clip": 0.0}, "gradient_clip"), ({"dropout": (0.1, 0.1, 1.0)}, "less than 1"),
-    ({"checkpoints": (1.5,)}, "checkpoints"),
+    ({"checkpoints": (1.5,)}, "checkpoints"), ({"donor": "bert"}, "Unknown initialisation 'bert'"),
+    ({"reset_heads": (-1,)}, "reset_heads"),
 ])
 def test_wrong_parameters_are_named(values, says):
     with pytest.raises(UserError, match=says):
@@ -220,6 +233,7 @@ def test_wrong_parameters_are_named(values, says):
 def test_every_parameter_changes_the_name():
     changed = {"task": "walker2d", "dataset": "x.hdf5", "initialisation": "random-matched", "size": "mini", "dataset_steps": 7,
                "precision": "bfloat16", "compile": True, "gradient_clip": None, "checkpoints": (2,), "target_return": 1.0,
+               "donor": "random-matched", "reset_heads": (1,),
                "dropout": (0.5, 0.1, 0.1), "learning_rate_decay": True, "starting_weights": "0123456789abcdef"}
     default = vars_of(runs.RunConfig())
     others = {key: changed.get(key, value * 2 + 1 if isinstance(value, int) else value) for key, value in default.items()}
