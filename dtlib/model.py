@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.functional import dropout, gelu, scaled_dot_product_attention
+from torch.nn.functional import dropout, scaled_dot_product_attention
 from transformers import GPT2Config, GPT2Model, ImageGPTConfig, ImageGPTModel
 from transformers.activations import NewGELUActivation
 
@@ -157,6 +157,9 @@ class DecisionTransformer(nn.Module):
         self.embed_ln = nn.LayerNorm(width)
         transformer = CARRIERS[backbone.model_type][1](backbone)
         self.h, self.ln_f = transformer.h, transformer.ln_f
+        for block in self.h:
+            if isinstance(block.mlp.act, NewGELUActivation):
+                block.mlp.act = nn.GELU(approximate="tanh")  # the same function, fused
 
     def embed(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """Tokens (B, T, D) in the order R̂_1, s_1, a_1, R̂_2, …; shapes of the arguments as in ``forward``."""
@@ -167,15 +170,13 @@ class DecisionTransformer(nn.Module):
         """The blocks and the final norm: (B, T, D) → (B, W, D), W of the tokens being ``wanted``.
 
         Causal: padding that comes last needs no mask. The blocks' layers are transformers'; they are put together here, the
-        same for GPT-2 and ImageGPT, with cheaper dropout, a fused GELU, and in the last block nothing for unwanted tokens.
+        same for GPT-2 and ImageGPT, with cheaper dropout, and in the last block nothing for unwanted tokens.
         """
         hidden = self._dropped(tokens, self.config.embd_pdrop)
         for block in self.h:
             only = wanted if block is self.h[-1] else slice(None)
             hidden = self._dropped(self._attention(block, hidden, only), self.config.resid_pdrop, hidden[:, only])
-            inner = block.mlp.c_fc(block.ln_2(hidden))
-            fused = isinstance(block.mlp.act, NewGELUActivation)
-            inner = gelu(inner, approximate="tanh") if fused else block.mlp.act(inner)
+            inner = block.mlp.act(block.mlp.c_fc(block.ln_2(hidden)))
             hidden = self._dropped(block.mlp.c_proj(inner), self.config.resid_pdrop, hidden)
         return self.ln_f(hidden)
 
