@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -56,6 +57,17 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, *(ends if seeds > 1 else ends * np.nan)
 
 
+def span(values: np.ndarray, form: str = ".2f") -> str:
+    """``interval`` of ``values`` (seeds,) in words, "mean [low, high]"; of one seed the value alone."""
+    mean, low, high = interval(values)
+    return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+
+
+def say(text: str) -> None:
+    """Print a paragraph in lines that fit the screen."""
+    print(textwrap.fill(" ".join(text.split()), 110))
+
+
 def band(ax: plt.Axes, x: np.ndarray, values: np.ndarray, label: str, colour: object = None) -> None:
     """Draw ``values`` (seeds, points) over ``x`` (points,): their mean, its 95 % interval, each seed as a thin line."""
     known, marker, line = STYLES.get(label, (None, "", "-"))  # its own, except where another ``colour`` is given
@@ -74,6 +86,8 @@ class Output:
 
     def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:
         """Write ``name``.png (200 dpi), .pdf and .csv (the numbers shown): the same bytes for the same figure."""
+        figure.draw_without_rendering()  # the layout is found once, not for each file and for the screen again
+        figure.set_layout_engine("none")
         for suffix in ("png", "pdf"):
             with atomic_write(self.folder / f"{name}.{suffix}") as path:  # without the date that a PDF would carry
                 figure.savefig(path, dpi=200, metadata={"CreationDate": None} if suffix == "pdf" else None)

@@ -12,7 +12,7 @@ AS_PAPER = dict(  # paper A's architecture, training and evaluation
     device="cuda", tasks=ALL_TASKS, size="gpt2", epochs=40, steps_per_epoch=2500, batch_size=64, learning_rate=1e-4,
     learning_rate_decay=False, dropout=[0.2, 0.1, 0.1], context=20, warmup_steps=5000, time_embedding_std=1.0,
     evaluation_episodes=100, precision="float32", dataset_steps=10**6, checkpoints=[1, 4],
-    no_context_batch_size=64, no_context_learning_rate=1e-4,
+    no_context_batch_size=64, no_context_learning_rate=1e-4, after_epoch=4, reset_which=["most", "least"],
     # of mutual information: all steps, and the released estimator's own size
     steps_back=list(range(20)), mine_width=400, mine_passes=1000, mine_learning_rate=1e-4, corrected_windows=6000,
     critic_steps=1000, full_size_correlations=[])
@@ -21,7 +21,9 @@ PROFILES: dict[str, dict[str, object]] = {
                   time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, windows=30, gradient_windows=20,
                   corrected_windows=150, critic_steps=10, mine_passes=5, full_size_correlations=[]),
     "laptop": {},  # the notebooks' own defaults
-    "full": dict(tasks=ALL_TASKS, seeds=[0, 1, 2, 3, 4], control_hosts=["random-matched"],
+    "full": dict(tasks=ALL_TASKS, seeds=[0, 1, 2, 3, 4], unclipped=["image", "image-native"], reset_which=["most", "least"],
+                 initialisations=["random", "language", "image", "random-matched", "image-native", "markov", "iid"],
+                 control_hosts=["random-matched"],
                  control_donors=["language-shuffled", "language-rotated", "random-matched", "markov"]),
     "gpu": dict(AS_PAPER, dataset="collected:medium", seeds=[0, 1, 2], precision="bfloat16"),
     "paper": dict(AS_PAPER, dataset="d4rl:medium", seeds=[666, 42], control_hosts=["random-matched"], control_donors=[],

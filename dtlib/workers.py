@@ -1,4 +1,4 @@
-"""Processes beside this one: deaf to Ctrl-C, which is the parent's to handle, and gone when it is."""
+"""Processes and threads beside this one; the processes are deaf to Ctrl-C, the parent's to handle, and gone when it is."""
 
 import contextlib
 import multiprocessing
@@ -6,9 +6,12 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
+
+import torch
 
 from dtlib.errors import UserError
 
@@ -55,3 +58,17 @@ def report(done: int) -> None:
             steps.value += done
         if stopped.value:
             raise KeyboardInterrupt
+
+
+def in_threads(job: Callable, jobs: Iterable, device: str) -> list:
+    """What ``job`` returns for each of ``jobs``, in order; none may draw from torch's global generator.
+
+    On a CPU there is a thread a core and each job has one, so that numbers do not depend on how many cores there are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else threads)
+    try:
+        with ThreadPoolExecutor(os.cpu_count() if device == "cpu" else 1) as pool:
+            return list(pool.map(job, jobs))
+    finally:
+        torch.set_num_threads(threads)

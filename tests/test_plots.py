@@ -113,7 +113,14 @@ def test_a_figure_that_cannot_be_drawn_leaves_nothing_behind(tmp_path, monkeypat
     with pytest.raises(ValueError):
         plots.Output("smoke", "00_first").save(figure, "curve", pd.DataFrame())
     plt.close("all")
-    assert list((tmp_path / "smoke" / "00_first").iterdir()) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_words_and_paragraphs(capsys):
+    assert plots.span([0.5]) == "0.50" and plots.span(np.array([1.0, 1.0]), ".1f") == "1.0 [1.0, 1.0]"
+    plots.say("one\n   two " + 60 * "word ")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("one two word") and max(map(len, lines)) <= 110 and len(lines) == 3
 
 
 def test_the_repository_is_found_from_inside_it_only(tmp_path, monkeypatch):

@@ -1,0 +1,24 @@
+import time
+
+import pytest
+import torch
+
+from dtlib.workers import in_threads
+
+
+def test_threads_keep_the_order_and_have_one_core_each():
+    before = torch.get_num_threads()
+
+    def job(number):
+        time.sleep(0.02 * (number == 0))  # the first ends last
+        return number, torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(2)
+        assert in_threads(job, range(4), "cpu") == [(number, 1) for number in range(4)]
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            in_threads(lambda number: 1 / number, [1, 0], "cpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
