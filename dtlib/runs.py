@@ -75,8 +75,13 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """Folder name: readable first, then the hash of the whole config that makes it unique."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Folder name: readable first, then the hash of the config that makes it unique.
+
+        Of what differs from the defaults, so that a field added one day leaves the runs of today their names.
+        """
+        fields = type(self).__pydantic_fields__
+        chosen = {name: value for name, value in dataclasses.asdict(self).items() if value != fields[name].default}
+        digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.task}-{Path(self.initialisation).name}-K{self.context}-seed{self.seed}-{digest}"
 
 
