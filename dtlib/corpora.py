@@ -84,18 +84,21 @@ def _bigram_loss(drawn: np.ndarray, held_out: np.ndarray, back: int, unigram: np
 # --- language ---------------------------------------------------------------------------------------------------------
 
 
-def language(corpus: str, sequence: int, vocabulary: int, progress: bool = True) -> Corpus:
+def language(corpus: str, sequence: int, vocabulary: int = 0, progress: bool = True, tokenizer: str | None = None) -> Corpus:
     """English: "installed" (docstrings and reference topics), "wikitext-2", "wikitext-103" (network), or a folder of text.
 
-    One document in twenty, chosen by its hash, is held out. ``UserError``: no such corpus, no text in it, no network.
+    In tokens of ``tokenizer`` (a tokenizer.json), or of one with ``vocabulary`` tokens that is learnt here. One document in
+    twenty, chosen by its hash, is held out. ``UserError``: no such corpus, no text in it, no network.
     """
-    key = hashlib.sha256(json.dumps([LAYOUT, vocabulary, tokenizers.__version__, _identity(corpus)]).encode()).hexdigest()[:12]
+    about = [LAYOUT, tokenizer or vocabulary, tokenizers.__version__, _identity(corpus)]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
     path = cache_root() / "corpora" / f"language-{key}.safetensors"
     with locked(path):
         if not path.exists():
-            _tokenise(corpus, vocabulary, path, progress)
+            _tokenise(corpus, tokenizer or vocabulary, path, progress)
     with safe_open(path, framework="np") as file:
         facts, tokenizer = json.loads(file.metadata()["facts"]) | {"corpus": corpus}, file.metadata()["tokenizer"]
+        vocabulary = vocabulary or len(json.loads(tokenizer)["model"]["vocab"])
         stream, kept = file.get_tensor("train"), file.get_tensor("held_out")
     if min(len(stream), len(kept)) < sequence + 1:
         raise UserError(f"The corpus {corpus!r} has only {len(stream) + len(kept)} tokens: give more text than that.")
@@ -191,8 +194,21 @@ def is_prose(text: str) -> bool:
     return len(text.split()) >= 5 and plain >= 0.75 * len(text) and not LICENCE.search(text)
 
 
-def _tokenise(corpus: str, vocabulary: int, path: Path, progress: bool) -> None:
-    """Write the corpus's tokens, its tokenizer (byte-level BPE, learnt on the training documents) and its facts."""
+def _learn(texts: list[str], corpus: str, vocabulary: int) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<|endoftext|>"], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    if (learnt := tokenizer.get_vocab_size()) < vocabulary:
+        raise UserError(f"The corpus {corpus!r} yields {learnt} tokens, not {vocabulary}: more text, or vocabulary={learnt}.")
+    return tokenizer
+
+
+def _tokenise(corpus: str, given: str | int, path: Path, progress: bool) -> None:
+    """Write the corpus's tokens, its tokenizer and its facts. ``given``: a tokenizer.json, or how many tokens a byte-level BPE
+    shall learn on the training documents."""
     seen, sources, parts, digest = set(), {}, {"train": [], "held_out": []}, hashlib.sha256()
     for source, document in _documents(corpus, progress):
         text = document.strip()
@@ -206,19 +222,13 @@ def _tokenise(corpus: str, vocabulary: int, path: Path, progress: bool) -> None:
         sources[source] = documents + 1, characters + len(text)
     if not parts["train"] or not parts["held_out"]:
         raise UserError(f"The corpus {corpus!r} has too little prose ({len(seen)} documents): give a folder with more text.")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<|endoftext|>"], show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(parts["train"], trainer)
-    if (learnt := tokenizer.get_vocab_size()) < vocabulary:
-        raise UserError(f"The corpus {corpus!r} yields {learnt} tokens, not {vocabulary}: more text, or vocabulary={learnt}.")
+    tokenizer = tokenizers.Tokenizer.from_str(given) if isinstance(given, str) else _learn(parts["train"], corpus, given)
+    end = tokenizer.token_to_id("<|endoftext|>")  # after each document
     streams = {}
-    for part, texts in parts.items():  # each document ends with token 0
+    for part, texts in parts.items():
         batches = (tokenizer.encode_batch(texts[i:i + 1000]) for i in tqdm(
             range(0, len(texts), 1000), desc=f"tokenising ({part})", unit="000 documents", disable=not progress))
-        streams[part] = np.concatenate([np.array([token for document in batch for token in [*document.ids, 0]], np.uint16)
+        streams[part] = np.concatenate([np.array([token for document in batch for token in [*document.ids, end]], np.uint16)
                                         for batch in batches])
     facts = {"corpus": corpus, "characters": sum(map(len, parts["train"] + parts["held_out"])), "documents": len(seen),
              "tokens": {part: len(tokens) for part, tokens in streams.items()}, "sha256": digest.hexdigest(),

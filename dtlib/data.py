@@ -4,7 +4,7 @@ import hashlib
 import http.client
 import os
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dtlib.collect import QUALITIES, collect
 from dtlib.errors import UserError, locked, no_room
+from dtlib.seeding import stream_seed
 from dtlib.tasks import Task
 
 D4RL_ADDRESS = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
@@ -70,6 +71,18 @@ class Trajectories:
         """SHA-256 of the arrays: equal exactly when a model would be trained on the same numbers."""
         arrays = self.observations, self.actions, self.rewards, self.starts
         return hashlib.sha256(b"".join(f"{a.dtype}{a.shape}".encode() + a.tobytes() for a in arrays)).hexdigest()
+
+    def rows_of(self, fraction: float, seed: int) -> np.ndarray:
+        """The rows of ``fraction`` of the episodes, at least one, drawn from ``seed``: (n,) int64, sorted."""
+        number = max(1, round(fraction * len(self.lengths)))
+        episodes = np.random.default_rng(stream_seed(seed, "episodes")).permutation(len(self.lengths))[:number]
+        return np.flatnonzero(np.isin(np.repeat(np.arange(len(self.lengths)), self.lengths), episodes))
+
+    def delayed(self) -> "Trajectories":
+        """The same with each episode's whole return as the reward of its last step, and none before."""
+        rewards = np.zeros_like(self.rewards)
+        rewards[self.starts[1:] - 1] = self.returns
+        return replace(self, name=f"{self.name}, delayed rewards", rewards=rewards)
 
     def summary(self) -> str:
         """What was loaded, in a few lines: episodes, steps, returns, and what loading had to decide."""

@@ -19,12 +19,14 @@ class Episodes(NamedTuple):
 
 @torch.no_grad()
 def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, state_std: np.ndarray, *, target_return: float,
-            episodes: int, context: int, seed: int, first_episode: int = 0, horizon: int | None = None) -> Episodes:
+            episodes: int, context: int, seed: int, first_episode: int = 0, horizon: int | None = None,
+            delayed: bool = False) -> Episodes:
     """Let the model act in ``episodes`` episodes at once, each asked for ``target_return`` (papers A and B, evaluation).
 
-    R̂ starts at target/scale and falls by reward/scale; the model sees the last ``context`` steps, and its action is executed.
-    Episode e starts from the stream (seed, "evaluation", first_episode + e), whatever runs beside it; the model's batched
-    arithmetic may differ from that for one episode in the last bits. state_mean, state_std: (S,).
+    R̂ starts at target/scale and falls by reward/scale (``delayed``: not before the episode's end); the model sees the last
+    ``context`` steps, and its action is executed. Episode e starts from the stream (seed, "evaluation", first_episode + e),
+    whatever runs beside it; the model's batched arithmetic may differ from that for one episode in the last bits.
+    state_mean, state_std: (S,).
     """
     model.eval()
     device, dtype = model.embed_state.weight.device, model.embed_state.weight.dtype
@@ -40,7 +42,7 @@ def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, stat
     for t in range(horizon):
         rows = torch.as_tensor(alive, device=device)
         states[rows, t] = torch.as_tensor((observed - mean) / std, device=device, dtype=dtype)
-        still_to_come = (target_return - returns[alive]) / task.return_scale
+        still_to_come = (target_return - returns[alive] * (not delayed)) / task.return_scale
         returns_to_go[rows, t] = torch.as_tensor(still_to_come, device=device, dtype=dtype)
         seen = slice(max(0, t + 1 - context), t + 1)
         time_steps = torch.arange(seen.start, seen.stop, device=device).expand(len(alive), -1)

@@ -98,7 +98,7 @@ def weights_folder(row: Initialisation, size: str, seed: int) -> Path | None:
         return weights and Path(weights)
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(weights, allow_patterns=["config.json", "*.safetensors"]))
+        return Path(snapshot_download(weights, allow_patterns=["config.json", "*.safetensors", "tokenizer.json"]))
     except Exception as error:  # the hub's client raises many unrelated kinds; each means that there are no files
         raise UserError(f"Could not get the weights {weights!r} from the Hugging Face hub ({type(error).__name__}): run again "
                         "with a network, or give a folder with their config.json and model.safetensors instead.") from error
@@ -161,10 +161,14 @@ class DecisionTransformer(nn.Module):
             if isinstance(block.mlp.act, NewGELUActivation):
                 block.mlp.act = nn.GELU(approximate="tanh")  # the same function, fused
 
+    def embed_kinds(self, states: Tensor, actions: Tensor, returns_to_go: Tensor) -> Tensor:
+        """Tokens after the input norm, without their time: (B, K, 3, D), as R̂, s and a; arguments as in ``forward``."""
+        kinds = (self.embed_return(returns_to_go.unsqueeze(-1)), self.embed_state(states), self.embed_action(actions))
+        return self.embed_ln(torch.stack(kinds, dim=2))
+
     def embed(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """Tokens (B, T, D) in the order R̂_1, s_1, a_1, R̂_2, …; shapes of the arguments as in ``forward``."""
-        kinds = (self.embed_return(returns_to_go.unsqueeze(-1)), self.embed_state(states), self.embed_action(actions))
-        return (self.embed_ln(torch.stack(kinds, dim=2)) + self.embed_time(time_steps).unsqueeze(2)).flatten(1, 2)
+        return (self.embed_kinds(states, actions, returns_to_go) + self.embed_time(time_steps).unsqueeze(2)).flatten(1, 2)
 
     def hidden(self, tokens: Tensor, wanted: slice = slice(None)) -> Tensor:
         """The blocks and the final norm: (B, T, D) → (B, W, D), W of the tokens being ``wanted``.

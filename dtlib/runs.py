@@ -21,7 +21,18 @@ from tqdm import tqdm
 from dtlib import data
 from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, sha256, versions
 from dtlib.evaluate import rollout
-from dtlib.model import CARRIERS, SIZES, DecisionTransformer, build_model, load_checkpoint, swap_block, weights_digest
+from dtlib.language_losses import LanguageLosses, Words, add_adapters, extend_positions, freeze_blocks, plain_state
+from dtlib.model import (
+    CARRIERS,
+    SIZES,
+    DecisionTransformer,
+    build_model,
+    get_initialisation,
+    load_checkpoint,
+    swap_block,
+    weights_digest,
+    weights_folder,
+)
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
 from dtlib.train import action_error, choose_device, load_state, make_optimiser, save_state, train_epoch
@@ -61,6 +72,18 @@ class RunConfig:
     donor: str | None = None  # initialisation that gives one block, swapped_block
     swapped_block: Whole = 0
     reset_heads: Annotated[tuple[Whole, ...], Field(strict=False)] = ()  # of block 0, drawn anew
+    # Paper B's additions: see dtlib/language_losses.py
+    alignment: float = Field(0.0, ge=0)  # λ₁, 0.1 in the paper
+    alignment_steps: Positive = 5000.0  # until the alignment has faded; 15,000 with co-training [code]
+    alignment_reduction: Literal["max", "mean", "as released"] = "max"
+    cotraining: float = Field(0.0, ge=0)  # λ₂, 1 in the paper (0.1 in half precision)
+    cotraining_corpus: str = ""  # see corpora.language; empty: what the language model learnt from
+    words: str | None = None  # initialisation whose word table both take; None: the run's own
+    extended_positions: bool = False
+    frozen_blocks: bool = False
+    adapter_rank: Whole = 0  # of low-rank adapters to frozen blocks; 0: none
+    data_fraction: float = Field(1.0, gt=0, le=1)  # of the episodes, drawn from the seed
+    delayed_rewards: bool = False  # the whole return at an episode's end
     starting_weights: str | None = None  # filled in: see _digests
 
     @model_validator(mode="wrap")
@@ -86,7 +109,7 @@ class RunConfig:
 
 
 def _digests(config: RunConfig) -> str:
-    names = filter(None, (config.initialisation, config.donor))
+    names = filter(None, (config.initialisation, config.donor, config.words))
     return "+".join(weights_digest(name, config.size, config.seed) for name in names)
 
 
@@ -143,7 +166,36 @@ class Run:
 
 def load_data(config: RunConfig, progress: bool = True) -> data.Trajectories:
     """The run's trajectories (collected or downloaded on first use)."""
-    return data.load(config.dataset, get_task(config.task), steps=config.dataset_steps, progress=progress)
+    trajectories = data.load(config.dataset, get_task(config.task), steps=config.dataset_steps, progress=progress)
+    return trajectories.delayed() if config.delayed_rewards else trajectories
+
+
+def _with_language(config: RunConfig, model: DecisionTransformer, device: str) -> LanguageLosses | None:
+    """Make ``model`` (moved to ``device``) as the config's part of paper B says; return what is added to its loss."""
+    words = None
+    if config.alignment or config.cotraining or config.extended_positions:
+        name = config.words or config.initialisation
+        if (folder := weights_folder(get_initialisation(name), config.size, config.seed)) is None:
+            raise UserError(f"{name!r} has no word table: name an initialisation that has one, such as words='language'.")
+        words = Words(folder)
+        if words.wte.shape[1] != model.config.hidden_size:
+            raise UserError(f"The word table of {name!r} has width {words.wte.shape[1]}, the model has "
+                            f"{model.config.hidden_size}: take two of one size.")
+    if config.extended_positions:
+        extend_positions(model, words.wpe.detach())
+    if config.adapter_rank:
+        add_adapters(model, config.adapter_rank)
+    elif config.frozen_blocks:
+        freeze_blocks(model)
+    if config.cotraining:
+        model.words = words  # learns with the rest
+    model.to(device)
+    if not (config.alignment or config.cotraining):
+        return None
+    return LanguageLosses(
+        model, words.to(device), folder, alignment=config.alignment, alignment_steps=config.alignment_steps,
+        alignment_reduction=config.alignment_reduction, cotraining=config.cotraining,
+        cotraining_corpus=config.cotraining_corpus, seed=config.seed)
 
 
 def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int], None]) -> None:
@@ -153,17 +205,20 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
     if config.starting_weights != _digests(config):
         raise UserError(f"The weights of {config.initialisation!r} changed since this run was asked for: ask for it anew.")
     model = build_model(config.initialisation, config.size, task, config.seed, config.dropout, config.time_embedding_std,
-                        config.donor, config.swapped_block, config.reset_heads).to(device)
+                        config.donor, config.swapped_block, config.reset_heads)
+    further_loss = _with_language(config, model, device)
     donor = None if config.donor is None else model.h[config.swapped_block].attn.config.to_dict()
     # Rollouts meet many shapes and stay eager; both share the parameters.
     training_model = torch.compile(model) if config.compile else model
     optimiser = make_optimiser(model, config.learning_rate, config.weight_decay, config.adam_epsilon)
 
-    def draw(seed: int, *shape: int) -> torch.Tensor:
+    def draw(seed: int, size: int, *shape: int) -> torch.Tensor:
         # Windows' starts, drawn on the CPU, so that every device gets the same.
-        return torch.randint(sampler.number_of_steps, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        return torch.randint(size, shape, generator=torch.Generator().manual_seed(seed))
 
-    fixed = draw(stream_seed(0, "action error"), 512)  # the same windows for every model on a data set
+    # The same windows for every model on a data set, even where it learns from a part of that.
+    fixed = draw(stream_seed(0, "action error"), sampler.number_of_steps, 512).to(device)
+    rows = torch.from_numpy(trajectories.rows_of(config.data_fraction, config.seed)) if config.data_fraction < 1 else None
     state = folder / "resume.safetensors"
     progress = {"fingerprint": trajectories.fingerprint, "metrics": [], "seconds": {"training": 0.0, "evaluation": 0.0}}
     if state.exists():
@@ -176,15 +231,18 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
         loss, step, began = None, epoch * config.steps_per_epoch, time.perf_counter()
         if epoch > 0:
             torch.manual_seed(stream_seed(config.seed, "dropout", epoch))
-            starts = draw(stream_seed(config.seed, "batches", epoch), config.steps_per_epoch, config.batch_size)
+            starts = draw(stream_seed(config.seed, "batches", epoch), sampler.number_of_steps if rows is None else len(rows),
+                          config.steps_per_epoch, config.batch_size)
+            starts = (starts if rows is None else rows[starts]).to(device)
             loss = train_epoch(training_model, optimiser, sampler, starts, first_step=step - config.steps_per_epoch,
                                learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
                                total_steps=config.epochs * config.steps_per_epoch if config.learning_rate_decay else None,
-                               gradient_clip=config.gradient_clip, precision=config.precision, on_step=lambda: on_steps(1))
+                               gradient_clip=config.gradient_clip, precision=config.precision, further_loss=further_loss,
+                               on_step=lambda: on_steps(1))
         trained = time.perf_counter()
         episodes = rollout(model, task, trajectories.state_mean, trajectories.state_std, target_return=config.target_return,
                            episodes=config.evaluation_episodes, context=config.context,
-                           seed=stream_seed(config.seed, "evaluation of epoch", epoch))
+                           seed=stream_seed(config.seed, "evaluation of epoch", epoch), delayed=config.delayed_rewards)
         progress["metrics"].append({
             "epoch": epoch, "step": step, "training_loss": loss, "action_error": action_error(model, sampler, fixed),
             "returns": episodes.returns.tolist(), "lengths": episodes.lengths.tolist()})
@@ -192,7 +250,7 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
         progress["seconds"]["evaluation"] += time.perf_counter() - trained
         if epoch in (0, config.epochs, *config.checkpoints):
             with atomic_write(folder / f"epoch_{epoch:03d}.safetensors") as temporary:
-                save_file({name: tensor.cpu() for name, tensor in model.state_dict().items()}, temporary)
+                save_file(plain_state(model), temporary)
         save_state(state, model, optimiser, progress)
     record = {
         "config": dataclasses.asdict(config), "backbone": model.config.to_dict(), "donor": donor,

@@ -21,7 +21,8 @@ def action_loss(predicted: Tensor, windows: Windows) -> Tensor:
 
 def make_optimiser(model: DecisionTransformer, learning_rate: float, weight_decay: float, epsilon: float) -> torch.optim.AdamW:
     """AdamW with one group: weight decay reaches norms and biases too [code], where ε was 1e-6 for pre-trained starts."""
-    return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, eps=epsilon, fused=True)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(learning, lr=learning_rate, weight_decay=weight_decay, eps=epsilon, fused=True)
 
 
 def predict(model: DecisionTransformer, windows: Windows, precision: str = "float32") -> Tensor:
@@ -33,23 +34,29 @@ def predict(model: DecisionTransformer, windows: Windows, precision: str = "floa
 def train_epoch(model: DecisionTransformer, optimiser: torch.optim.Optimizer, sampler: WindowSampler, starts: Tensor, *,
                 first_step: int, learning_rate: float, warmup_steps: int, gradient_clip: float | None,
                 total_steps: int | None = None, precision: str = "float32",
+                further_loss: Callable[[Windows, int], Tensor] | None = None,
                 on_step: Callable[[], None] = lambda: None) -> float:
-    """Take one optimiser step per row of ``starts`` (steps, B), the windows' flat start indices; return the mean loss.
+    """Take one optimiser step per row of ``starts`` (steps, B), the windows' flat start indices; return the mean action loss.
 
     The learning rate grows linearly over the run's first ``warmup_steps``, then stays; if the run's ``total_steps`` are
     given, it is multiplied by the share of them still to come. ``first_step`` counts the steps of earlier epochs.
-    gradient_clip: largest norm of the whole gradient, or None. Dropout draws from torch's global generator.
+    gradient_clip: largest norm of the whole gradient, or None. ``further_loss`` of the windows and the step is added to the
+    action loss. Dropout draws from torch's global generator.
     """
     model.train()
     total = torch.zeros((), device=starts.device)
     for i, row in enumerate(starts):
         windows = sampler.windows(row)
-        loss = action_loss(predict(model, windows, precision), windows)
+        loss, step = action_loss(predict(model, windows, precision), windows), first_step + i
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        if further_loss is None:
+            loss.backward()
+        else:
+            with torch.autocast(starts.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+                further = further_loss(windows, step)
+            (loss + further).backward()
         if gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-        step = first_step + i
         left = 1 - step / total_steps if total_steps else 1.0
         optimiser.param_groups[0]["lr"] = learning_rate * min((step + 1) / max(warmup_steps, 1), 1.0) * left
         optimiser.step()
