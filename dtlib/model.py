@@ -19,7 +19,8 @@ from dtlib.seeding import stream_seed
 from dtlib.tasks import Task
 
 # Blocks, width, heads.
-SIZES = {"mini": (4, 128, 4), "chibit": (3, 128, 1), "gpt2": (12, 768, 12), "imagegpt": (24, 512, 8)}
+SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "chibit": (3, 128, 1), "small": (6, 384, 6), "gpt2": (12, 768, 12),
+         "imagegpt": (24, 512, 8)}
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """A fine-tuning run on disk: a config goes in, checkpoints and metrics come out; asked for twice, it is trained once."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from dtlib.model import (
 )
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
-from dtlib.train import action_error, choose_device, load_state, make_optimiser, save_state, train_epoch
+from dtlib.train import action_error, choose_device, load_state, make_optimiser, save_state, train_epoch, train_together
 from dtlib.workers import Workers, report
 
 Count, Whole = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]
@@ -198,8 +200,22 @@ def _with_language(config: RunConfig, model: DecisionTransformer, device: str) -
         cotraining_corpus=config.cotraining_corpus, seed=config.seed)
 
 
-def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int], None]) -> None:
-    """Train in ``folder``, from its last finished epoch if there is one, and leave run.json and the checkpoints there."""
+class Epoch(NamedTuple):
+    """What a run waits for: the arguments of ``train_epoch``, whose loss it is sent."""
+
+    model: torch.nn.Module
+    optimiser: torch.optim.Optimizer
+    sampler: data.WindowSampler
+    starts: torch.Tensor
+    further_loss: LanguageLosses | None
+    settings: dict
+
+
+def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int], None]) -> Generator[Epoch, float, None]:
+    """Train in ``folder``, from its last finished epoch if there is one, and leave run.json and the checkpoints there.
+
+    Epochs are yielded, for the caller to train alone or together with other runs'.
+    """
     task, trajectories = get_task(config.task), load_data(config, progress=False)
     sampler = data.WindowSampler(trajectories, config.context, task.return_scale, device)
     if config.starting_weights != _digests(config):
@@ -234,11 +250,10 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
             starts = draw(stream_seed(config.seed, "batches", epoch), sampler.number_of_steps if rows is None else len(rows),
                           config.steps_per_epoch, config.batch_size)
             starts = (starts if rows is None else rows[starts]).to(device)
-            loss = train_epoch(training_model, optimiser, sampler, starts, first_step=step - config.steps_per_epoch,
-                               learning_rate=config.learning_rate, warmup_steps=config.warmup_steps,
-                               total_steps=config.epochs * config.steps_per_epoch if config.learning_rate_decay else None,
-                               gradient_clip=config.gradient_clip, precision=config.precision, further_loss=further_loss,
-                               on_step=lambda: on_steps(1))
+            loss = yield Epoch(training_model, optimiser, sampler, starts, further_loss, dict(
+                first_step=step - config.steps_per_epoch, learning_rate=config.learning_rate,
+                warmup_steps=config.warmup_steps, gradient_clip=config.gradient_clip, precision=config.precision,
+                total_steps=config.epochs * config.steps_per_epoch if config.learning_rate_decay else None))
         trained = time.perf_counter()
         episodes = rollout(model, task, trajectories.state_mean, trajectories.state_std, target_return=config.target_return,
                            episodes=config.evaluation_episodes, context=config.context,
@@ -265,31 +280,79 @@ def _train(config: RunConfig, folder: Path, device: str, on_steps: Callable[[int
     state.unlink()
 
 
+def _advance(trainings: list[Generator[Epoch, float, None]], on_steps: Callable[[int], None]) -> None:
+    """Train to the end; those that have come equally far in one computation."""
+    waiting: dict[Generator, Epoch] = {}
+
+    def go_on(training: Generator, loss: float | None) -> None:
+        with contextlib.suppress(StopIteration):
+            waiting[training] = training.send(loss)
+
+    for training in trainings:
+        go_on(training, None)
+    while waiting:
+        first = min(epoch.settings["first_step"] for epoch in waiting.values())
+        chosen = [training for training, epoch in waiting.items() if epoch.settings["first_step"] == first]
+        epochs = [waiting.pop(training) for training in chosen]
+        one, report_step = epochs[0], functools.partial(on_steps, len(epochs))
+        if len(epochs) == 1:
+            losses = [train_epoch(one.model, one.optimiser, one.sampler, one.starts, further_loss=one.further_loss,
+                                  on_step=report_step, **one.settings)]
+        else:
+            losses = train_together([epoch.model for epoch in epochs], [epoch.optimiser for epoch in epochs], one.sampler,
+                                    torch.stack([epoch.starts for epoch in epochs]), on_step=report_step, **one.settings)
+        for training, loss in zip(chosen, losses, strict=True):
+            go_on(training, loss)
+
+
 def fine_tune(config: RunConfig, device: str = "cpu", on_steps: Callable[[int], None] = lambda steps: None) -> Run:
     """The finished run of ``config``: loaded if it is there, resumed if it was interrupted, trained if absent.
 
     Of several processes that ask for one run, one trains and the others wait. ``on_steps(n)`` is called as n more training
     steps are done. A run appears under its name only when it is whole; until then it grows under ``.partial``.
     """
-    final, growing = runs_root() / config.name, runs_root() / ".partial" / config.name
-    with locked(growing):
-        if final.exists():
-            on_steps(config.epochs * config.steps_per_epoch)
-            return Run.open(final)
-        growing.mkdir(exist_ok=True)
-        for leftover in growing.glob(".writing-*"):
-            leftover.unlink()
-        if not (growing / "run.json").exists() or (growing / "resume.safetensors").exists():
-            threads = torch.get_num_threads()
-            # One thread on the CPU, so that the bytes do not depend on how many cores there are.
-            torch.set_num_threads(1 if device == "cpu" else threads)
-            try:
-                with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else []):
-                    _train(config, growing, device, on_steps)
-            finally:
-                torch.set_num_threads(threads)
-        os.rename(growing, final)
-        return Run.open(final)
+    return fine_tune_together([config], device, on_steps)[0]
+
+
+def fine_tune_together(configs: list[RunConfig], device: str = "cuda",
+                       on_steps: Callable[[int], None] = lambda steps: None) -> list[Run]:
+    """``fine_tune`` of several configs, whose epochs are one batched computation; they may differ in their seeds."""
+    with contextlib.ExitStack() as locks:
+        begun, trainings = [], []
+        for config in sorted(configs, key=lambda config: config.name):  # in one order: no two processes wait for each other
+            final, growing = runs_root() / config.name, runs_root() / ".partial" / config.name
+            locks.enter_context(locked(growing))
+            if final.exists():
+                on_steps(config.epochs * config.steps_per_epoch)
+                continue
+            growing.mkdir(exist_ok=True)
+            for leftover in growing.glob(".writing-*"):
+                leftover.unlink()
+            begun.append((growing, final))
+            if not (growing / "run.json").exists() or (growing / "resume.safetensors").exists():
+                trainings.append(_train(config, growing, device, on_steps))
+        threads = torch.get_num_threads()
+        # One thread on the CPU, so that the bytes do not depend on how many cores there are.
+        torch.set_num_threads(1 if device == "cpu" else threads)
+        try:
+            with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else []):
+                _advance(trainings, on_steps)
+        finally:
+            torch.set_num_threads(threads)
+        for growing, final in begun:
+            os.rename(growing, final)
+    return [Run.open(runs_root() / config.name) for config in configs]
+
+
+def _groups(configs: list[RunConfig]) -> list[list[RunConfig]]:
+    """Configs that differ in their seed alone, of models too small to fill a GPU, side by side; every other one by itself."""
+    groups: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        alike = get_initialisation(config.initialisation).weights is None and SIZES[config.size][1] <= 128 and not (
+            config.compile or config.alignment or config.cotraining or config.adapter_rank or config.frozen_blocks)
+        shared = dataclasses.replace(config, seed=0, starting_weights="").name if alike else config.name
+        groups.setdefault(shared, []).append(config)
+    return list(groups.values())
 
 
 def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | None = None,
@@ -315,6 +378,6 @@ def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | 
                     for future in done:
                         future.result()
         else:
-            for config in missing:
-                fine_tune(config, device, bar.update)
+            for group in _groups(missing) if device == "cuda" else [[config] for config in missing]:
+                fine_tune_together(group, device, bar.update)
     return [Run.open(runs_root() / config.name) for config in configs]

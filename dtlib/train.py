@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dtlib.data import Windows, WindowSampler
 from dtlib.errors import UserError, atomic_write
@@ -31,6 +32,13 @@ def predict(model: DecisionTransformer, windows: Windows, precision: str = "floa
         return model(windows.states, windows.actions, windows.returns_to_go, windows.time_steps).float()
 
 
+def scheduled(learning_rate: float, step: int, warmup_steps: int, total_steps: int | None) -> float:
+    """The learning rate of ``step``: it grows linearly over the first ``warmup_steps``, then stays; if the run's
+    ``total_steps`` are given, it is multiplied by the share of them still to come."""
+    left = 1 - step / total_steps if total_steps else 1.0
+    return learning_rate * min((step + 1) / max(warmup_steps, 1), 1.0) * left
+
+
 def train_epoch(model: DecisionTransformer, optimiser: torch.optim.Optimizer, sampler: WindowSampler, starts: Tensor, *,
                 first_step: int, learning_rate: float, warmup_steps: int, gradient_clip: float | None,
                 total_steps: int | None = None, precision: str = "float32",
@@ -38,8 +46,7 @@ def train_epoch(model: DecisionTransformer, optimiser: torch.optim.Optimizer, sa
                 on_step: Callable[[], None] = lambda: None) -> float:
     """Take one optimiser step per row of ``starts`` (steps, B), the windows' flat start indices; return the mean action loss.
 
-    The learning rate grows linearly over the run's first ``warmup_steps``, then stays; if the run's ``total_steps`` are
-    given, it is multiplied by the share of them still to come. ``first_step`` counts the steps of earlier epochs.
+    The learning rate is ``scheduled``; ``first_step`` counts the steps of earlier epochs.
     gradient_clip: largest norm of the whole gradient, or None. ``further_loss`` of the windows and the step is added to the
     action loss. Dropout draws from torch's global generator.
     """
@@ -57,12 +64,64 @@ def train_epoch(model: DecisionTransformer, optimiser: torch.optim.Optimizer, sa
             (loss + further).backward()
         if gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
-        left = 1 - step / total_steps if total_steps else 1.0
-        optimiser.param_groups[0]["lr"] = learning_rate * min((step + 1) / max(warmup_steps, 1), 1.0) * left
+        optimiser.param_groups[0]["lr"] = scheduled(learning_rate, step, warmup_steps, total_steps)
         optimiser.step()
         total += loss.detach()
         on_step()
     return float(total / len(starts))
+
+
+def train_together(models: list[DecisionTransformer], optimisers: list[torch.optim.Optimizer], sampler: WindowSampler,
+                   starts: Tensor, *, first_step: int, learning_rate: float, warmup_steps: int, gradient_clip: float | None,
+                   total_steps: int | None = None, precision: str = "float32",
+                   on_step: Callable[[], None] = lambda: None) -> list[float]:
+    """``train_epoch`` of R models of one architecture in one batched computation; ``starts`` (R, steps, B); their mean losses.
+
+    For models too small to fill a GPU. The same as one after the other but for the last bits, and dropout's draws.
+    """
+    for model in models:
+        model.train()
+    parameters, _ = torch.func.stack_module_state(models)
+    group = optimisers[0].param_groups[0]
+    optimiser = torch.optim.AdamW(parameters.values(), weight_decay=group["weight_decay"], eps=group["eps"], fused=True)
+    if states := [list(one.state.values()) for one in optimisers if one.state]:  # of earlier epochs
+        for parameter, *own in zip(parameters.values(), *states, strict=True):
+            optimiser.state[parameter] = {key: value.clone() if value.dim() == 0 else torch.stack([one[key] for one in own])
+                                          for key, value in own[0].items()}
+    total = torch.zeros(len(models), device=starts.device)
+
+    def loss_of(own: dict[str, Tensor], windows: tuple[Tensor, ...]) -> Tensor:
+        windows = Windows(*windows)
+        predicted = torch.func.functional_call(models[0], own, windows[:4]).float()
+        return action_loss(predicted, windows)
+
+    for i in range(starts.shape[1]):
+        windows = sampler.windows(starts[:, i].flatten())
+        windows = tuple(column.unflatten(0, (len(models), -1)) for column in windows)
+        # Only torch's plain attention is known to every version's vmap; for models this small it costs nothing.
+        with (torch.autocast(starts.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
+              sdpa_kernel(SDPBackend.MATH)):
+            losses = torch.func.vmap(loss_of, randomness="different")(parameters, windows)
+        optimiser.zero_grad(set_to_none=True)
+        losses.sum().backward()
+        gradients = [parameter.grad for parameter in parameters.values()]
+        if gradient_clip is not None:  # each model's by its own norm, as clip_grad_norm_ does
+            norms = sum(gradient.flatten(1).square().sum(1) for gradient in gradients).sqrt()
+            scale = (gradient_clip / (norms + 1e-6)).clamp(max=1.0)
+            for gradient in gradients:
+                gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+        optimiser.param_groups[0]["lr"] = scheduled(learning_rate, first_step + i, warmup_steps, total_steps)
+        optimiser.step()
+        total += losses.detach()
+        on_step()
+    with torch.no_grad():
+        for r, (model, one) in enumerate(zip(models, optimisers, strict=True)):
+            for name, own in model.named_parameters():
+                stacked = parameters[name]
+                own.copy_(stacked[r])
+                one.state[own] = {key: (value if value.dim() == 0 else value[r]).clone()
+                                  for key, value in optimiser.state[stacked].items()}
+    return (total / starts.shape[1]).tolist()
 
 
 @torch.no_grad()

@@ -230,11 +230,36 @@ def test_wrong_parameters_are_named(values, says):
         runs.RunConfig(**values)
 
 
+def test_seeds_trained_together_are_those_trained_one_by_one(hopper_file, tmp_path, monkeypatch):
+    configs = [runs.RunConfig(dataset=str(hopper_file), size="chibit", context=3, epochs=2, steps_per_epoch=4, batch_size=4,
+                              warmup_steps=2, evaluation_episodes=2, dropout=(0.0, 0.0, 0.0), seed=seed) for seed in (0, 1, 2)]
+    other = dataclasses.replace(configs[0], context=2)
+    assert runs._groups([*configs, other]) == [configs, [other]]
+    assert all(len(group) == 1 for group in runs._groups([dataclasses.replace(c, frozen_blocks=True) for c in configs]))
+    one_by_one = [run_in(tmp_path / "one", config) for config in configs]
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path / "all"))
+
+    def stop(steps):
+        seen.append(steps)
+        if sum(seen) > 12 + 3:  # all have one epoch behind them
+            raise KeyboardInterrupt
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        runs.fine_tune_together(configs, "cpu", stop)
+    runs.fine_tune(configs[1])  # one goes on alone, the others together
+    for alone, together in zip(one_by_one, runs.fine_tune_together(configs, "cpu"), strict=True):
+        assert together.config == alone.config
+        for ours, theirs in zip(together.metrics, alone.metrics, strict=True):
+            assert ours["action_error"] == pytest.approx(theirs["action_error"], rel=1e-3)
+            assert ours["training_loss"] is theirs["training_loss"] or ours["training_loss"] == pytest.approx(
+                theirs["training_loss"], rel=1e-3)
+
+
 def test_every_parameter_changes_the_name():
     changed = {"task": "walker2d", "dataset": "x.hdf5", "initialisation": "random-matched", "size": "mini", "dataset_steps": 7,
                "precision": "bfloat16", "compile": True, "gradient_clip": None, "checkpoints": (2,), "target_return": 1.0,
-               "donor": "random-matched", "reset_heads": (1,), "alignment": 0.1, "alignment_reduction": "mean", "cotraining": 0.1,
-               "cotraining_corpus": "x", "words": "random-matched", "extended_positions": True, "frozen_blocks": True,
+               "donor": "random-matched", "reset_heads": (1,), "alignment": 0.1, "alignment_reduction": "mean",
+               "cotraining": 0.1, "cotraining_corpus": "x", "words": "random-matched", "extended_positions": True, "frozen_blocks": True,
                "delayed_rewards": True,
                "dropout": (0.5, 0.1, 0.1), "learning_rate_decay": True, "starting_weights": "0123456789abcdef"}
     default = vars_of(runs.RunConfig())

@@ -136,3 +136,27 @@ def test_attention_with_dropout_is_the_fused_one_where_nothing_is_dropped():
     model = build(dropout=(0.0, 1e-9, 0.0)).double()
     tokens = torch.randn(2, 12, model.config.n_embd, dtype=torch.float64)
     torch.testing.assert_close(model.train().hidden(tokens), model.eval().hidden(tokens), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("context", [1, 4])
+def test_models_trained_together_are_those_trained_one_by_one(hopper_file, context):
+    task = get_task("hopper")
+    sampler = data.WindowSampler(data.load(str(hopper_file), task), context, task.return_scale)
+    starts = torch.randint(sampler.number_of_steps, (3, 12, 8), generator=torch.Generator().manual_seed(1))
+    settings = dict(learning_rate=3e-3, warmup_steps=5, gradient_clip=0.25, total_steps=12)
+    pairs = []
+    for _ in range(2):
+        models = [build_model(name, "mini", task, seed, (0.0, 0.0, 0.0), 0.02).double()
+                  for name, seed in (("random-matched", 0), ("language", 0), ("markov", 1))]
+        pairs.append((models, [train.make_optimiser(model, 3e-3, 0.1, 1e-8) for model in models]))
+    sampler._columns = [column.double() if column.is_floating_point() else column for column in sampler._columns]
+    (alone, optimisers), (together, theirs) = pairs
+    for first in (0, 6):  # two epochs: the optimisers' states go along
+        part = starts[:, first:first + 6]
+        losses = [train.train_epoch(model, optimiser, sampler, own, first_step=first, **settings)
+                  for model, optimiser, own in zip(alone, optimisers, part, strict=True)]
+        found = train.train_together(together, theirs, sampler, part, first_step=first, **settings)
+        assert found == pytest.approx(losses, rel=1e-6)  # the loss itself is taken in float32
+    for one, other in zip(alone, together, strict=True):
+        for (name, ours), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5), name
