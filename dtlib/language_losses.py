@@ -34,6 +34,11 @@ def cosine_centres(words: Tensor, number: int = 1000) -> Tensor:
     return normalize(torch.from_numpy(found), dim=1).to(words.dtype)
 
 
+def nearest(embedded: Tensor, centres: Tensor) -> Tensor:
+    """Cosine of tokens (…, D) with the nearest of the centres (C, D), which have length 1: (…)."""
+    return (normalize(embedded, dim=-1) @ centres.T).max(-1).values
+
+
 def alignment_loss(embedded: Tensor, centres: Tensor, mask: Tensor,
                    reduction: Literal["max", "mean", "as released"] = "max") -> Tensor:
     """−mean over real tokens of the cosine between a token and its nearest centre (B, 3.2); the mean over centres: "mean".
@@ -46,9 +51,8 @@ def alignment_loss(embedded: Tensor, centres: Tensor, mask: Tensor,
     if reduction == "as released":
         highest, lowest = centres.max(0).values, centres.min(0).values
         return -torch.where(unit > 0, unit * highest, unit * lowest).mean()
-    similar = unit @ centres.T
-    nearest = similar.max(-1).values if reduction == "max" else similar.mean(-1)  # (B, K, 3)
-    return -(nearest.mean(-1) * mask).sum() / mask.sum()
+    cosines = nearest(embedded, centres) if reduction == "max" else (unit @ centres.T).mean(-1)  # (B, K, 3)
+    return -(cosines.mean(-1) * mask).sum() / mask.sum()
 
 
 class Words(nn.Module):

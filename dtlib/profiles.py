@@ -8,6 +8,8 @@ from pathlib import Path
 from dtlib.errors import UserError
 
 ALL_TASKS = ["hopper", "halfcheetah", "walker2d"]
+EVERY_VARIANT = ["alignment", "co-training", "both losses", "frozen blocks", "adapters", "extended positions",
+                 "random, both losses"]
 AS_PAPER = dict(  # paper A's architecture, training and evaluation
     device="cuda", tasks=ALL_TASKS, size="gpt2", epochs=40, steps_per_epoch=2500, batch_size=64, learning_rate=1e-4,
     learning_rate_decay=False, dropout=[0.2, 0.1, 0.1], context=20, warmup_steps=5000, time_embedding_std=1.0,
@@ -15,16 +17,21 @@ AS_PAPER = dict(  # paper A's architecture, training and evaluation
     no_context_batch_size=64, no_context_learning_rate=1e-4, after_epoch=4, reset_which=["most", "least"],
     # of mutual information: all steps, and the released estimator's own size
     steps_back=list(range(20)), mine_width=400, mine_passes=1000, mine_learning_rate=1e-4, corrected_windows=6000,
-    critic_steps=1000, full_size_correlations=[])
+    critic_steps=1000, full_size_correlations=[],
+    # of paper B
+    variants=EVERY_VARIANT, alignment_steps=15_000)
 PROFILES: dict[str, dict[str, object]] = {
     "smoke": dict(dataset_steps=5_000, seeds=[0, 1], epochs=1, steps_per_epoch=3, batch_size=8, warmup_steps=2,
                   time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, windows=30, gradient_windows=20,
-                  corrected_windows=150, critic_steps=10, mine_passes=5, full_size_correlations=[]),
+                  corrected_windows=150, critic_steps=10, mine_passes=5, full_size_correlations=[], delayed=True,
+                  variants=["alignment", "frozen blocks", "adapters", "extended positions"], alignment_steps=2),
     "laptop": {},  # the notebooks' own defaults
     "full": dict(tasks=ALL_TASKS, seeds=[0, 1, 2, 3, 4], unclipped=["image", "image-native"], reset_which=["most", "least"],
                  initialisations=["random", "language", "image", "random-matched", "image-native", "markov", "iid"],
                  control_hosts=["random-matched"],
-                 control_donors=["language-shuffled", "language-rotated", "random-matched", "markov"]),
+                 control_donors=["language-shuffled", "language-rotated", "random-matched", "markov"],
+                 variants=EVERY_VARIANT, sizes=["tiny", "chibit"], contexts=[1, 5], fractions=[0.01, 0.1], delayed=True,
+                 further_data=["collected:medium-replay", "collected:medium-expert"]),
     "gpu": dict(AS_PAPER, dataset="collected:medium", seeds=[0, 1, 2], precision="bfloat16"),
     "paper": dict(AS_PAPER, dataset="d4rl:medium", seeds=[666, 42], control_hosts=["random-matched"], control_donors=[],
                   initialisations=["random", "gpt2", "igpt", "random-matched", "igpt-native"], unclipped=["igpt"]),

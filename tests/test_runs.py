@@ -259,8 +259,8 @@ def test_every_parameter_changes_the_name():
     changed = {"task": "walker2d", "dataset": "x.hdf5", "initialisation": "random-matched", "size": "mini", "dataset_steps": 7,
                "precision": "bfloat16", "compile": True, "gradient_clip": None, "checkpoints": (2,), "target_return": 1.0,
                "donor": "random-matched", "reset_heads": (1,), "alignment": 0.1, "alignment_reduction": "mean",
-               "cotraining": 0.1, "cotraining_corpus": "x", "words": "random-matched", "extended_positions": True, "frozen_blocks": True,
-               "delayed_rewards": True,
+               "cotraining": 0.1, "cotraining_corpus": "x", "words": "random-matched",
+               "extended_positions": True, "frozen_blocks": True, "delayed_rewards": True,
                "dropout": (0.5, 0.1, 0.1), "learning_rate_decay": True, "starting_weights": "0123456789abcdef"}
     default = vars_of(runs.RunConfig())
     others = {key: changed.get(key, value * 2 + 1 if isinstance(value, int) else value) for key, value in default.items()}
