@@ -22,6 +22,7 @@ D3RLPY = d3rlpy==2.8.1 structlog==26.1.0 gym==0.26.2 gym-notices==0.1.0 dataclas
 bench: .venv/installed
 	test -d .venv/d3rlpy || .venv/bin/python -m pip install -q --no-deps --target .venv/d3rlpy $(D3RLPY)
 	PYTHONPATH=.venv/d3rlpy .venv/bin/python benchmarks/run.py
+	.venv/bin/python benchmarks/loss_curves.py
 
 # Collected data and finished runs live in the user's cache folder (`python -m dtlib doctor` says where) and stay.
 clean:

@@ -2,8 +2,8 @@
 
     make bench            (ten minutes; or: python benchmarks/run.py)
 
-Writes results.csv, growth.csv, machine.json and two figures into this folder. Absolute times hold for the machine that they
-were taken on; ratios travel better.
+Writes results.csv, growth.csv, parts.csv, machine.json and three figures into this folder. Absolute times hold for the machine
+that they were taken on; ratios travel better.
 """
 
 import json
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 import baselines
 import h5py
@@ -35,7 +36,7 @@ from dtlib.evaluate import rollout
 from dtlib.model import SIZES, build_model
 from dtlib.physics import Environments
 from dtlib.tasks import get_task
-from dtlib.train import make_optimiser, train_epoch
+from dtlib.train import action_loss, make_optimiser, predict, train_epoch, train_together
 
 HERE = Path(__file__).parent
 HOPPER, CHEETAH = get_task("hopper"), get_task("halfcheetah")  # HalfCheetah never falls: all episodes have the same length
@@ -197,6 +198,20 @@ def whole_run(what: str, **settings: object) -> None:
     torch.set_num_threads(threads)
 
 
+def seeds_together(trajectories: data.Trajectories, context: int, batch: int, count: int = 5, steps: int = 10) -> None:
+    """Models of several seeds in one batched computation, against one after the other."""
+    sampler = data.WindowSampler(trajectories, context, HOPPER.return_scale, DEVICE)
+    models = [build_model("random-matched", "mini", HOPPER, seed, (0.0, 0.0, 0.0)).to(DEVICE) for seed in range(count)]
+    optimisers = [make_optimiser(model, 1e-3, 1e-4, 1e-8) for model in models]
+    starts = torch.randint(sampler.number_of_steps, (count, steps, batch)).to(DEVICE)
+    settings = dict(first_step=0, learning_rate=1e-4, warmup_steps=100, gradient_clip=0.25)
+    alone = seconds(lambda: [train_epoch(model, optimiser, sampler, own, **settings)
+                             for model, optimiser, own in zip(models, optimisers, starts, strict=True)], 2)
+    together = seconds(lambda: train_together(models, optimisers, sampler, starts, **settings), 2)
+    record(f"step of {count} seeds together, K = {context}", 1e3 * together / steps, "ms", 1e3 * alone / steps,
+           "one after the other")
+
+
 def growth(trajectories: data.Trajectories) -> pd.DataFrame:
     """Milliseconds of a training step as one thing grows and the others stay at K = 20, batch 16, 4 blocks of width 128."""
     found = []
@@ -208,6 +223,59 @@ def growth(trajectories: data.Trajectories) -> pd.DataFrame:
             took = step_time(trajectories, chosen["K"], chosen["batch"], "this", repeats=4)
             found.append({"grows": what, "value": value, "milliseconds": 1e3 * took})
     return pd.DataFrame(found)
+
+
+def parts(trajectories: data.Trajectories, context: int, batch: int) -> list[dict]:
+    """Seconds that the parts of one fine-tuning run of the laptop profile take, on one core (or the GPU)."""
+    threads, spent = torch.get_num_threads(), dict.fromkeys(("rollouts: model", "rollouts: physics"), 0.0)
+    torch.set_num_threads(1 if DEVICE == "cpu" else threads)
+    sampler = data.WindowSampler(trajectories, context, HOPPER.return_scale, DEVICE)
+    model = build_model("random-matched", "mini", HOPPER, 0, (0.0, 0.0, 0.0), 0.02).to(DEVICE)
+    optimiser = make_optimiser(model, 1e-3, 1e-4, 1e-8)
+    starts = torch.randint(sampler.number_of_steps, (batch,)).to(DEVICE)
+
+    def forward() -> torch.Tensor:
+        windows = sampler.windows(starts)
+        return action_loss(predict(model, windows), windows)
+
+    def whole() -> None:
+        optimiser.zero_grad()
+        forward().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        optimiser.step()
+
+    def timed(name: str, action: Callable) -> Callable:
+        def call(*arguments: object) -> object:
+            began = time.perf_counter()
+            result = action(*arguments)
+            spent[name] += time.perf_counter() - began
+            return result
+        return call
+
+    per_step = [seconds(action, 30) for action in (
+        lambda: sampler.windows(starts), forward, lambda: forward().backward(), whole)]
+    own = dict(zip(("windows", "forward", "backward", "clipping, AdamW"), np.diff([0, *per_step]) * 600, strict=True))
+    model.act = timed("rollouts: model", model.act)
+    with patch.object(Environments, "step", timed("rollouts: physics", Environments.step)):
+        all_of_it = seconds(lambda: rollout(model, HOPPER, trajectories.state_mean, trajectories.state_std,
+                                            target_return=3600, episodes=10, context=context, seed=0))
+    own |= {name: 4 * value for name, value in {**spent, "rollouts: rest": all_of_it - sum(spent.values())}.items()}
+    torch.set_num_threads(threads)
+    return [{"run": f"K = {context}", "part": part, "seconds": value} for part, value in own.items()]
+
+
+def draw_parts(table: pd.DataFrame) -> None:
+    """A stacked bar for each run."""
+    shares = table.pivot(index="run", columns="part", values="seconds")[table.part.unique()]
+    figure, ax = plt.subplots(figsize=(7.0, 2.2))
+    left, names = np.zeros(len(shares)), ("markov", "gpt2", "random-matched", "data", "igpt-native", "igpt", "iid")
+    for part, name in zip(shares, names, strict=True):
+        ax.barh(np.arange(len(shares)), shares[part], left=left, color=plots.COLOURS[name], label=part)
+        left += shares[part].to_numpy()
+    ax.set_yticks(np.arange(len(shares)), shares.index)
+    ax.set_xlabel("seconds of one laptop run (600 steps, 4 evaluations of 10 episodes) on one core")
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    figure.savefig(HERE / "parts.png", dpi=200)
 
 
 def whole_numbers(axis: Axis) -> None:
@@ -256,18 +324,23 @@ def main() -> None:
             physics(threads)
         for context in (20, 1):
             rollouts(context)
+        for context, batch in ((20, 16), (1, 64)):
+            seeds_together(trajectories, context, batch)
         grown = growth(trajectories)
         for context in (1, 20):
             whole_run(f"10 × 100 steps, 11 evaluations, K = {context}", size=SIZE, context=context, epochs=10,
                       steps_per_epoch=100, warmup_steps=100, evaluation_episodes=20)
-        whole_run("one run of notebook 00, laptop profile", size="mini", epochs=4, steps_per_epoch=150, batch_size=16,
+        table_of_parts = pd.DataFrame(parts(trajectories, 20, 16) + parts(trajectories, 1, 64))
+        whole_run("one run of notebook 00, laptop profile", size="mini", epochs=3, steps_per_epoch=200, batch_size=16,
                   learning_rate=1e-3, warmup_steps=50, learning_rate_decay=True, dropout=(0.0, 0.0, 0.0),
                   time_embedding_std=0.02, evaluation_episodes=10)
     table = pd.DataFrame(rows)
     table.to_csv(HERE / "results.csv", index=False, float_format="%.4g")
     grown.to_csv(HERE / "growth.csv", index=False, float_format="%.4g")
     (HERE / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
+    table_of_parts.to_csv(HERE / "parts.csv", index=False, float_format="%.4g")
     draw(table, grown)
+    draw_parts(table_of_parts)
 
 
 if __name__ == "__main__":

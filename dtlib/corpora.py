@@ -85,7 +85,8 @@ def _bigram_loss(drawn: np.ndarray, held_out: np.ndarray, back: int, unigram: np
 
 
 def language(corpus: str, sequence: int, vocabulary: int = 0, progress: bool = True, tokenizer: str | None = None) -> Corpus:
-    """English: "installed" (docstrings and reference topics), "wikitext-2", "wikitext-103" (network), or a folder of text.
+    """English: "installed" (docstrings of all that is required, reference topics), "python" (Python's own part of these),
+    "wikitext-2", "wikitext-103" (network), or a folder of text.
 
     In tokens of ``tokenizer`` (a tokenizer.json), or of one with ``vocabulary`` tokens that is learnt here. One document in
     twenty, chosen by its hash, is held out. ``UserError``: no such corpus, no text in it, no network.
@@ -114,13 +115,15 @@ def language(corpus: str, sequence: int, vocabulary: int = 0, progress: bool = T
 
 def _identity(corpus: str) -> object:
     """What decides a corpus's text."""
-    if corpus == "installed":
-        return [sysconfig.get_python_version(), *(f"{name} {metadata.version(name)}" for name in _required())]
+    if corpus in ("installed", "python"):
+        required = _required() if corpus == "installed" else []
+        return [sysconfig.get_python_version(), *(f"{name} {metadata.version(name)}" for name in required)]
     if Path(corpus).is_dir():
         return [hashlib.sha256(path.read_bytes()).hexdigest() for path in _text_files(Path(corpus))]
     if corpus in ("wikitext-2", "wikitext-103"):
         return corpus
-    raise UserError(f"Unknown corpus {corpus!r}: expected installed, wikitext-2, wikitext-103 or a folder of text files.")
+    raise UserError(f"Unknown corpus {corpus!r}: expected installed, python, wikitext-2, wikitext-103 or a folder of text "
+                    "files.")
 
 
 def _text_files(folder: Path) -> list[Path]:
@@ -148,10 +151,10 @@ def _required() -> list[str]:
 
 def _documents(corpus: str, progress: bool) -> Iterator[tuple[str, str]]:
     """(source, text) of every document, before any is dropped."""
-    if corpus == "installed":
+    if corpus in ("installed", "python"):
         library = Path(sysconfig.get_path("stdlib"))
         files = {"Python": sorted(path for path in library.rglob("*.py") if "site-packages" not in path.parts)}
-        for name in _required():
+        for name in _required() if corpus == "installed" else []:
             listed = metadata.files(name) or []
             files[name] = sorted(Path(path.locate()) for path in listed if path.suffix == ".py")
         from pydoc_data.topics import topics

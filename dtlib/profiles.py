@@ -19,7 +19,7 @@ AS_PAPER = dict(  # paper A's architecture, training and evaluation
     steps_back=list(range(20)), mine_width=400, mine_passes=1000, mine_learning_rate=1e-4, corrected_windows=6000,
     critic_steps=1000, full_size_correlations=[],
     # of paper B
-    variants=EVERY_VARIANT, alignment_steps=15_000)
+    variants=EVERY_VARIANT, alignment_steps=15_000, cotraining_corpus="")
 PROFILES: dict[str, dict[str, object]] = {
     "smoke": dict(dataset_steps=5_000, seeds=[0, 1], epochs=1, steps_per_epoch=3, batch_size=8, warmup_steps=2,
                   time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, windows=30, gradient_windows=20,
@@ -30,7 +30,7 @@ PROFILES: dict[str, dict[str, object]] = {
                  initialisations=["random", "language", "image", "random-matched", "image-native", "markov", "iid"],
                  control_hosts=["random-matched"],
                  control_donors=["language-shuffled", "language-rotated", "random-matched", "markov"],
-                 variants=EVERY_VARIANT, sizes=["tiny", "chibit"], contexts=[1, 5], fractions=[0.01, 0.1], delayed=True,
+                 variants=EVERY_VARIANT, sizes=["tiny", "chibit"], contexts=[5, 10], fractions=[0.01, 0.1], delayed=True,
                  further_data=["collected:medium-replay", "collected:medium-expert"]),
     "gpu": dict(AS_PAPER, dataset="collected:medium", seeds=[0, 1, 2], precision="bfloat16"),
     "paper": dict(AS_PAPER, dataset="d4rl:medium", seeds=[666, 42], control_hosts=["random-matched"], control_donors=[],

@@ -124,7 +124,7 @@ def test_wikitext_with_and_without_a_network(cached, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", module)
         with pytest.raises(UserError, match=r"Could not get wikitext-2 \((ModuleNotFound|ZeroDivision)Error.*give a folder"):
             language("wikitext-2")
-    with pytest.raises(UserError, match="Unknown corpus 'wikitext-4': expected installed, wikitext-2"):
+    with pytest.raises(UserError, match="Unknown corpus 'wikitext-4': expected installed, python, wikitext-2"):
         language("wikitext-4")
     assert cached() == []
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
@@ -145,6 +145,16 @@ def test_what_every_install_has(tmp_path, monkeypatch):
     assert sources.pop("Python") == {"documents": 1, "characters": len("Documented in library and nowhere else.")}
     assert set(sources) == {"Python's reference topics", "filelock", "platformdirs"}
     assert min(source["documents"] for source in sources.values()) > 20
+    assert set(language("python", 64, 500).facts["sources"]) == {"Python's reference topics", "Python"}
+
+
+def test_a_given_tokenizer_is_used_as_it_is(folder, cached, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.md").write_text("\n\n\n".join(text.upper() for text in DOCUMENTS))
+    theirs = language(folder, 16, 300)
+    ours = corpora.language(str(tmp_path / "other"), 16, tokenizer=theirs.files["tokenizer.json"], progress=False)
+    assert ours.vocabulary == 300 and ours.files["tokenizer.json"] == theirs.files["tokenizer.json"]
+    assert ours.held_out.max() < 300 and ours.facts["sha256"] != theirs.facts["sha256"]
 
 
 def colours(corpus, rows):
