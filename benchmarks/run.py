@@ -186,7 +186,7 @@ def rollouts(context: int, count: int = 100, horizon: int = 100) -> None:
            "one at a time")
 
 
-def whole_run(what: str, **settings: object) -> None:
+def whole_run(what: str, **settings: object) -> runs.Run:
     """A run from data to checkpoint, against what the plain loops would take for as many training and environment steps, by
     their speed over a few; on a CPU each has one thread, as every run here has."""
     config = runs.RunConfig(precision=PRECISIONS[-1], **settings)
@@ -201,6 +201,7 @@ def whole_run(what: str, **settings: object) -> None:
     plain = config.epochs * config.steps_per_epoch * step + taken * took / steps
     record(f"{what} ({taken:,} environment steps)", ours, "s", plain, "plain loops, from their speed")
     torch.set_num_threads(threads)
+    return finished[0]
 
 
 def seeds_together(trajectories: data.Trajectories, context: int, batch: int, count: int = 5, steps: int = 10) -> None:
@@ -230,22 +231,18 @@ def growth(trajectories: data.Trajectories) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def parts(trajectories: data.Trajectories, context: int, batch: int) -> list[dict]:
-    """Seconds that the parts of one fine-tuning run of the laptop profile take, on one core (or the GPU)."""
-    threads, spent = torch.get_num_threads(), dict.fromkeys(("rollouts: model", "rollouts: physics"), 0.0)
+def parts(trajectories: data.Trajectories, run: runs.Run) -> list[dict]:
+    """Seconds of a finished run's parts: its own training and evaluation, each divided as a few steps of its model are."""
+    config, threads = run.config, torch.get_num_threads()
+    spent = dict.fromkeys(("rollouts: model", "rollouts: physics"), 0.0)
     torch.set_num_threads(1 if DEVICE == "cpu" else threads)
-    sampler = data.WindowSampler(trajectories, context, HOPPER.return_scale, DEVICE)
-    model = build_model("random-matched", "mini", HOPPER, 0, (0.0, 0.0, 0.0), 0.02).to(DEVICE)
-    optimiser = make_optimiser(model, 1e-3, 1e-4, 1e-8)
-    starts = torch.randint(sampler.number_of_steps, (batch,)).to(DEVICE)
+    sampler = data.WindowSampler(trajectories, config.context, HOPPER.return_scale, DEVICE)
+    model = run.load_model().to(DEVICE)
+    optimiser = make_optimiser(model, 0.0, 0.0, 1e-8)
+    starts = torch.randint(sampler.number_of_steps, (config.batch_size,)).to(DEVICE)
+    windows = sampler.windows(starts)
 
-    def forward() -> torch.Tensor:
-        windows = sampler.windows(starts)
-        return action_loss(predict(model, windows), windows)
-
-    def whole() -> None:
-        optimiser.zero_grad()
-        forward().backward()
+    def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
         optimiser.step()
 
@@ -257,16 +254,20 @@ def parts(trajectories: data.Trajectories, context: int, batch: int) -> list[dic
             return result
         return call
 
-    per_step = [seconds(action, 30) for action in (
-        lambda: sampler.windows(starts), forward, lambda: forward().backward(), whole)]
-    own = dict(zip(("windows", "forward", "backward", "clipping, AdamW"), np.diff([0, *per_step]) * 600, strict=True))
+    forward = seconds(lambda: action_loss(predict(model, windows), windows), 30)
+    both = seconds(lambda: action_loss(predict(model, windows), windows).backward(), 30)
+    training = {"windows": seconds(lambda: sampler.windows(starts), 30), "forward": forward, "backward": both - forward,
+                "clipping, AdamW": seconds(update, 30)}
     model.act = timed("rollouts: model", model.act)
     with patch.object(Environments, "step", timed("rollouts: physics", Environments.step)):
-        all_of_it = seconds(lambda: rollout(model, HOPPER, trajectories.state_mean, trajectories.state_std,
-                                            target_return=3600, episodes=10, context=context, seed=0))
-    own |= {name: 4 * value for name, value in {**spent, "rollouts: rest": all_of_it - sum(spent.values())}.items()}
+        whole = seconds(lambda: rollout(model, HOPPER, *run.statistics(), target_return=3600, context=config.context, seed=0,
+                                        episodes=config.evaluation_episodes))
+    evaluation = spent | {"rollouts: rest": whole - sum(spent.values())}
     torch.set_num_threads(threads)
-    return [{"run": f"K = {context}", "part": part, "seconds": value} for part, value in own.items()]
+    taken = run.record["provenance"]["seconds"]
+    return [{"run": f"K = {config.context}", "part": part, "seconds": taken[kind] * value / total}
+            for kind, own in (("training", training), ("evaluation", evaluation)) for total in [sum(own.values())]
+            for part, value in own.items()]
 
 
 def draw_parts(table: pd.DataFrame) -> None:
@@ -278,7 +279,8 @@ def draw_parts(table: pd.DataFrame) -> None:
         ax.barh(np.arange(len(shares)), shares[part], left=left, color=plots.COLOURS[name], label=part)
         left += shares[part].to_numpy()
     ax.set_yticks(np.arange(len(shares)), shares.index)
-    ax.set_xlabel("seconds of one laptop run (600 steps, 4 evaluations of 10 episodes) on one core")
+    ax.set_xlabel(f"seconds of one laptop run, 600 steps and 4 evaluations of 10 episodes ({DEVICE})")
+    ax.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(HERE / "parts.png", dpi=200)
 
@@ -335,10 +337,11 @@ def main() -> None:
         for context in (1, 20):
             whole_run(f"10 × 100 steps, 11 evaluations, K = {context}", size=SIZE, context=context, epochs=10,
                       steps_per_epoch=100, warmup_steps=100, evaluation_episodes=20)
-        table_of_parts = pd.DataFrame(parts(trajectories, 20, 16) + parts(trajectories, 1, 64))
-        whole_run("one run of notebook 00, laptop profile", size="mini", epochs=3, steps_per_epoch=200, batch_size=16,
-                  learning_rate=1e-3, warmup_steps=50, learning_rate_decay=True, dropout=(0.0, 0.0, 0.0),
-                  time_embedding_std=0.02, evaluation_episodes=10)
+        laptop = dict(size="mini", epochs=3, steps_per_epoch=200, warmup_steps=50, learning_rate_decay=True,
+                      dropout=(0.0, 0.0, 0.0), time_embedding_std=0.02, evaluation_episodes=10)
+        ends = [whole_run("one run of notebook 00, laptop profile", batch_size=16, learning_rate=1e-3, **laptop),
+                whole_run("one run of notebook 05, laptop profile", context=1, batch_size=64, learning_rate=3e-4, **laptop)]
+        table_of_parts = pd.DataFrame([row for run in ends for row in parts(trajectories, run)])
     table = pd.DataFrame(rows)
     table.to_csv(HERE / "results.csv", index=False, float_format="%.4g")
     grown.to_csv(HERE / "growth.csv", index=False, float_format="%.4g")

@@ -13,13 +13,10 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse
 import tokenizers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from sklearn.cluster import KMeans
-from sklearn.datasets import load_sample_images
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -73,6 +70,7 @@ def _bigram_loss(drawn: np.ndarray, held_out: np.ndarray, back: int, unigram: np
 
     before, after = pairs(drawn)
     shape = (max(drawn.max(), held_out.max()) + 1, len(unigram))
+    import scipy.sparse  # slow to import, as scikit-learn
     counts = scipy.sparse.coo_array((np.ones(len(after)), (before, after)), shape).tocsr()
     total, kinds = np.maximum(counts.sum(1), 1e-9), np.diff(counts.indptr)
     before, after = pairs(held_out)
@@ -258,6 +256,7 @@ def image(corpus: str, sequence: int) -> Corpus:
     generator = np.random.default_rng(stream_seed(0, "palette"))
     chosen = pixels[generator.integers(len(pixels), size=50_000)] / 127.5 - 1
     with threadpool_limits(1):  # the same rounding on any number of cores
+        from sklearn.cluster import KMeans  # slow to import, and only needed where images are
         palette = KMeans(COLOURS, n_init=1, random_state=0).fit(chosen)
         maps = [[palette.predict(part.reshape(-1, 3) / 127.5 - 1).reshape(part.shape[:3]) for part in level]
                 for level in levels]
@@ -282,6 +281,7 @@ def image(corpus: str, sequence: int) -> Corpus:
 
 def _photographs(side: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """At each scale, the (2, height, width, 3) uint8 photographs' training and held-out parts; crops span side·√2ᵏ pixels."""
+    from sklearn.datasets import load_sample_images
     photographs, levels = load_sample_images().images, []
     height, width, _ = photographs[0].shape
     edge = round(0.8 * width)

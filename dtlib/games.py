@@ -1,13 +1,11 @@
 """The Atari games of paper B: playing them, DQN-replay data, windows of screens, and the Decision Transformer over these.
 
-The setting is Chen et al. 2021, whose Atari code B takes over: below, [code] is theirs. A step is one decision, which the
-console repeats for four frames.
+[code] is here the Atari code of Chen et al. 2021, whose setting is B's. A step is one decision, kept for four frames.
 """
 
-import contextlib
+import dataclasses
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import zlib
@@ -15,29 +13,36 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-import ale_py
 import numpy as np
+import pydantic
 import torch
-from ale_py.vector_env import AtariVectorEnv
+from pydantic import ConfigDict, Field, model_validator
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from dtlib.collect import POLICIES
 from dtlib.data import Trajectories, Windows
-from dtlib.errors import UserError, atomic_write, cache_root, locked
+from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, sha256, versions
 from dtlib.evaluate import Episodes
-from dtlib.model import LAST, SIZES, STATES, DecisionTransformer, build_model
+from dtlib.model import LAST, SIZES, STATES, DecisionTransformer, build_model, weights_digest
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
-from dtlib.train import predict
+from dtlib.train import choose_device, load_state, predict, save_state
 
-SIZES["atari"] = 6, 128, 8  # paper B's Decision Transformer for games
+try:
+    import ale_py
+    from ale_py.vector_env import AtariVectorEnv
+except ModuleNotFoundError as error:  # an extra
+    raise UserError("Games need the package ale-py: install it with `pip install 'dtlib[games]'`.") from error
+
 HORIZON = 27_000  # steps, 30 minutes of play: where DQN's and Chen et al.'s episodes are cut
 STACK = 4  # screens in a state
-# DQN-replay's arrays: dtype and shape of a row.
-REPLAY = {"observation": (np.uint8, (84, 84)), "action": (np.int32, ()), "reward": (np.float32, ()), "terminal": (np.uint8, ())}
+# DQN-replay's arrays: the stem of a file's name, the dtype, the shape of a row.
+REPLAY = {"$store$_observation": (np.uint8, (84, 84)), "$store$_action": (np.int32, ()), "$store$_reward": (np.float32, ()),
+          "$store$_terminal": (np.uint8, ())}
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,19 @@ class Game:
     """One Atari game. Scores are sums of an episode's rewards as the game counts them."""
 
     name: str  # as ALE calls it
-    actions: int  # A: the game's minimal set, in ALE's order; DQN-replay numbers its actions so
-    target: float  # return asked of the model, in rewards clipped to [−1, 1], as DQN-replay stores them
+    actions: int  # A: the game's minimal set in ALE's order, as DQN-replay numbers them
+    target: float  # return asked of the model, in rewards clipped to [−1, 1] as DQN-replay stores them
     reference: tuple[float, float]  # score of random actions, score of a human
     context: int = 30  # K
     batch_size: int = 128
 
     def normalised(self, scores: float | np.ndarray) -> float | np.ndarray:
         """Gamer-normalised score: 0 is random actions, 100 the human games tester."""
-        random, human = self.reference
-        return 100 * (scores - random) / (human - random)
+        return 100 * (scores - self.reference[0]) / (self.reference[1] - self.reference[0])
 
 
-# Targets: Chen et al. 2021, table 8. [code] has 14000 for Qbert and 1150 for Seaquest, from an earlier version of the paper, and
-# its authors say to take the table's. Context and batch: theirs and B's. References: Mnih et al. 2015 and Wang et al. 2016, the
-# ones that Chen et al. normalise with, there rounded.
+# Targets: Chen et al. 2021, table 8 ([code] has 14000 for Qbert and 1150 for Seaquest; its authors say to take the table's).
+# Context and batch: theirs and B's. References: Mnih et al. 2015 and Wang et al. 2016; Chen et al. use them rounded.
 GAMES: dict[str, Game] = {game.name: game for game in (
     Game("breakout", 4, 90.0, (1.7, 30.5)),
     Game("qbert", 6, 2500.0, (163.9, 13455.0)),
@@ -75,25 +78,31 @@ def get_game(name: str) -> Game:
     return GAMES[name]
 
 
-def make_environments(game: Game, number: int, sticky: bool) -> AtariVectorEnv:
-    """``number`` games side by side with DQN's preprocessing: states (number, 4, 84, 84) uint8, the newest screen last.
+def lockstep(game: Game, generators: list[np.random.Generator], choose: Callable[..., np.ndarray], sticky: bool,
+             horizon: int = HORIZON) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Play E games at once, one for each generator; each step gives screens, actions, rewards, and which games were running.
 
-    Grey, each screen the maximum of the last two of four frames, area-averaged to 84×84; screens from before the start are
-    black; 1 to 30 idle frames first. The game's end and ``HORIZON`` end an episode, the loss of a life does not. ``sticky``:
-    each frame repeats the action before with probability 0.25. DQN-replay was played so (Agarwal et al. 2020), but Chen et
-    al. evaluate without, so collecting sets it and ``play`` does not by default.
+    ``choose(states, actions, rewards)`` gets states (E, 4, 84, 84) uint8, the newest screen last, and what was done and gained
+    before, (E,). As in DQN: grey, each screen the maximum of the last two of four frames, area-averaged; black before the
+    start; 1 to 30 idle frames first. A game ends when it is over or at ``HORIZON``, not with a life. ``sticky``: each frame
+    repeats the action before with probability 0.25, as in DQN-replay (Agarwal et al. 2020) and in data collected here; Chen
+    et al. evaluate without [code].
     """
-    return AtariVectorEnv(game.name, number, num_threads=min(number, torch.get_num_threads()), noop_max=30,
-                          max_num_frames_per_episode=4 * HORIZON, repeat_action_probability=0.25 if sticky else 0.0,
-                          use_fire_reset=False, reward_clipping=False)
+    games = AtariVectorEnv(game.name, len(generators), num_threads=min(len(generators), torch.get_num_threads()), noop_max=30,
+                           max_num_frames_per_episode=4 * HORIZON, repeat_action_probability=0.25 if sticky else 0.0,
+                           use_fire_reset=False, reward_clipping=False)
+    states, _ = games.reset(seed=np.array([generator.integers(1, 2**31 - 1) for generator in generators]))
+    actions, rewards, running = (np.full(len(generators), value) for value in (0, 0.0, True))
+    for _ in range(horizon):
+        actions = choose(states, actions, rewards)
+        following, rewards, ends, cuts, _ = games.step(actions)
+        yield states[:, -1], actions, rewards, running
+        states, running = following, running & ~(ends | cuts)  # a finished game begins anew, unheeded
+        if not running.any():
+            return
 
 
-def _replay_file(folder: Path, array: str, checkpoint: int) -> Path:
-    return folder / f"{'$store$_' if array in REPLAY else ''}{array}_ckpt.{checkpoint}.gz"
-
-
-def load_replay(folder: Path | str, game: Game, *, checkpoints: tuple[int, ...] = (0,),
-                steps: int | None = None) -> Trajectories:
+def load_replay(folder: Path, game: Game, checkpoints: tuple[int, ...] = (0,), steps: int | None = None) -> Trajectories:
     """Whole episodes from a folder in DQN-replay's layout: observations (N, 84, 84) uint8, actions (N,) int64.
 
     A checkpoint is a file for each array, as Dopamine writes its replay buffer: up to a million rows in the order of play.
@@ -101,182 +110,152 @@ def load_replay(folder: Path | str, game: Game, *, checkpoints: tuple[int, ...] 
     are rows that the buffer did not fill in that round, the three blank ones that Dopamine puts before each episode ([code]
     learns from these, too), and episodes cut by a file's end. Raises UserError: files missing, damaged, or of another game.
     """
-    folder, parts, lengths = Path(folder).expanduser(), [], []
+    parts, lengths = [], [[]]
     for checkpoint in checkpoints:
         columns = _read_checkpoint(folder, checkpoint, None if steps is None else -(-steps // len(checkpoints)))
-        ends = np.flatnonzero(columns["terminal"]) + 1
+        ends = np.flatnonzero(columns[3]) + 1
         starts = np.concatenate([[0], ends])[:-1]
-        first = np.minimum(starts[:, None] + np.arange(STACK - 1), ends[:, None] - 1)
-        blank = ~columns["observation"][first].any((2, 3)) & (columns["action"][first] == 0) & (columns["terminal"][first] == 0)
-        begins = starts + np.cumprod(blank, axis=1).sum(1)
-        whole = np.full(len(starts), True)
-        whole[:1] = checkpoint == 0 or begins[:1] > starts[:1]  # otherwise it began in the checkpoint before
-        kept = np.full(len(columns["terminal"]), False)
-        for begin, end in zip(begins[whole], ends[whole], strict=True):
-            kept[begin:end] = True
-        parts.append([columns[name][kept] for name in ("observation", "action", "reward")])
-        lengths.append((ends - begins)[whole])
-    if not sum(map(len, lengths)):
-        raise UserError(f"{folder}: no whole episode in what was read of checkpoints {checkpoints}: take more steps, or others.")
+        padded = ends - starts >= STACK  # is it, at all?
+        padded[padded] = ~columns[0][starts[padded, None] + np.arange(STACK - 1)].any((1, 2, 3))
+        begins = starts + (STACK - 1) * padded
+        if checkpoint and not padded[:1].all():  # it began in the checkpoint before
+            begins, ends = begins[1:], ends[1:]
+        rows = np.concatenate([np.arange(0), *map(np.arange, begins, ends)])
+        parts.append([column[rows] for column in columns[:3]])
+        lengths.append(ends - begins)
+    starts = np.concatenate([[0], *lengths]).astype(np.int64).cumsum()
+    if len(starts) == 1:
+        raise UserError(f"{folder}: no whole episode in what was read of checkpoints {checkpoints}: take more steps.")
     observations, actions, rewards = map(np.concatenate, zip(*parts, strict=True))
     if not 0 <= actions.min() <= actions.max() < game.actions:
         raise UserError(f"{folder} has actions from {actions.min()} to {actions.max()}, but {game.name} those from 0 to "
                         f"{game.actions - 1}: choose {game.name}'s folder.")
-    starts = np.concatenate([[0], *lengths]).astype(np.int64).cumsum()
     return Trajectories(folder.name, observations, actions.astype(np.int64), rewards, starts)
 
 
-def _read_checkpoint(folder: Path, checkpoint: int, limit: int | None) -> dict[str, np.ndarray]:
+def _read_checkpoint(folder: Path, checkpoint: int, limit: int | None) -> list[np.ndarray]:
     """The first ``limit`` rows (None: all) of the four arrays, without those that the buffer did not fill in that round."""
-    totals, columns = {}, {}
-    for name, (dtype, shape) in REPLAY.items():
-        with _opened(_replay_file(folder, name, checkpoint)) as file:
-            np.lib.format.read_magic(file)
-            found_shape, _, found = np.lib.format.read_array_header_1_0(file)
-            if found != dtype or found_shape != (*found_shape[:1], *shape):
-                raise UserError(f"{file.name} holds {found} of shape {found_shape}, expected {np.dtype(dtype)} of shape "
-                                f"{('N', *shape)}: get DQN-replay's own file.")
-            totals[name] = found_shape[0]
-            rows = min(totals[name], totals[name] if limit is None else limit)
-            content = file.read(size := rows * math.prod(shape) * found.itemsize)
-            if len(content) < size:
-                raise EOFError(f"{len(content):,} of {size:,} bytes")
-        columns[name] = np.frombuffer(content, dtype).reshape(rows, *shape)
-    if len(set(totals.values())) > 1:
-        raise UserError(f"{folder}, checkpoint {checkpoint}: the arrays have different lengths, {totals}; get all of one buffer.")
-    with _opened(_replay_file(folder, "add_count", checkpoint)) as file:
-        added = int(np.load(file, allow_pickle=False))
-    return {name: column[:added % total or total] for (name, column), total in zip(columns.items(), totals.values(), strict=True)}
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[gzip.GzipFile]:
-    """A file of DQN-replay, unzipped as it is read; ``UserError`` where it is missing or damaged."""
+    totals, columns = {}, []
     try:
-        with gzip.open(path) as file:
-            yield file
+        for name, (dtype, shape) in REPLAY.items():
+            with gzip.open(path := folder / f"{name}_ckpt.{checkpoint}.gz") as file:
+                np.lib.format.read_magic(file)
+                (totals[name], *rest), _, found = np.lib.format.read_array_header_1_0(file)
+                if found != dtype or tuple(rest) != shape:
+                    raise UserError(f"{path} holds {found} in rows of shape {tuple(rest)}, expected {np.dtype(dtype)} and "
+                                    f"{shape}: get DQN-replay's own file.")
+                rows = totals[name] if limit is None else min(limit, totals[name])
+                content = file.read(rows * int(np.prod(shape)) * found.itemsize)
+                columns.append(np.frombuffer(content, dtype).reshape(rows, *shape))
+        with gzip.open(path := folder / f"add_count_ckpt.{checkpoint}.gz") as file:
+            added = int(np.load(file, allow_pickle=False))
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}: expected DQN-replay's layout, one file for each array and checkpoint; give "
-                        "the folder replay_logs of a game.") from error
+                        "a game's folder replay_logs.") from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole file of DQN-replay ({error}): remove it, get it anew.") from error
+        raise UserError(f"{path} is not a whole array of DQN-replay ({error}): remove it, get it anew.") from error
+    if len(set(totals.values())) > 1:
+        raise UserError(f"{folder}, checkpoint {checkpoint}: different lengths, {totals}; get all files of one checkpoint.")
+    return [column[:added % totals[name] or totals[name]] for column in columns]
 
 
 def write_replay(folder: Path, trajectories: Trajectories) -> None:
-    """Write checkpoint 0 as Dopamine would: three blank rows before each episode. The same data gives the same bytes."""
-    real = np.arange(len(trajectories.rewards)) + np.repeat((STACK - 1) * np.arange(1, len(trajectories.starts)),
-                                                            trajectories.lengths)
-    terminals = np.zeros(len(real))
+    """Write checkpoint 0 as Dopamine would, three blank rows before each episode. The same data gives the same bytes."""
+    terminals = np.zeros(len(trajectories.rewards))
     terminals[trajectories.starts[1:] - 1] = 1
-    rows, files = int(real[-1]) + 1, {}
     given = trajectories.observations, trajectories.actions, trajectories.rewards, terminals
-    for (name, (dtype, shape)), values in zip(REPLAY.items(), given, strict=True):
-        files[name] = np.zeros((rows, *shape), dtype)
-        files[name][real] = values
-    # The buffer is just full: its cursor is at 0, and no stack of screens may reach across it.
-    files |= {"invalid_range": np.arange(-1, STACK) % rows, "add_count": np.array(rows)}
-    for name, array in files.items():
-        with (atomic_write(_replay_file(folder, name, 0)) as temporary, open(temporary, "wb") as raw,
+    blanks = np.repeat(trajectories.starts[:-1], STACK - 1)
+    files = {name: np.insert(values.astype(dtype), blanks, 0, axis=0)
+             for (name, (dtype, _)), values in zip(REPLAY.items(), given, strict=True)}
+    rows = len(terminals) + len(blanks)  # the buffer is just full, its cursor at 0; no stack of screens may reach across that
+    for name, array in (files | {"invalid_range": np.arange(-1, STACK) % rows, "add_count": np.array(rows)}).items():
+        with (atomic_write(folder / f"{name}_ckpt.0.gz") as temporary, open(temporary, "wb") as raw,
               gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file):  # neither name nor time in the bytes
             np.save(file, array, allow_pickle=False)
 
 
-def pong_features(states: np.ndarray) -> np.ndarray:
-    """What the Pong policy sees, (E, 6) float64, from states (E, 4, 84, 84): 1; and, in rows of the court downwards, the
-    height at which the ball will arrive (walls reflect it; where it is, if it leaves) and where it is, both less the
-    paddle's; the paddle's velocity; the ball's; and the opponent's height less the paddle's."""
-    court = np.abs(states[:, -2:, 14:77].astype(np.float64) - 87)  # (E, 2, 63, 84): the last two screens, less the ground
-    down, across = np.arange(63.0), np.arange(84.0)
+def pong_actions(weights: np.ndarray, states: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Pong's policy, (E,) actions for states (E, 4, 84, 84) and the actions before them (E,).
 
-    def centre(part: np.ndarray, places: np.ndarray, axis: int) -> np.ndarray:  # (E, 2); the middle where there is nothing
-        weights = part.sum(axis)
-        return np.where(weights.any(-1), weights @ places / np.maximum(weights.sum(-1), 1e-9), places.mean())
+    The paddle goes to where the ball will arrive, or follows it while it leaves. The 5 weights: how far from the paddle's
+    middle to hit, what share of the way to follow, which distance to put up with, how far the move before still carries (all
+    but the second in rows), and below which speed, in columns a step, to fire, which makes the ball three times as fast.
+    """
+    def centre(columns: slice, axis: int) -> np.ndarray:  # (E, 2), in the last two screens; the middle where there is nothing
+        sums = court[..., columns].sum(5 - axis)
+        places = np.arange(sums.shape[-1])
+        return np.where(sums.any(-1), sums @ places / np.maximum(sums.sum(-1), 1), places.mean())
 
-    ball = court[..., 12:72]
-    x, y = centre(ball, across[12:72], 2), centre(ball, down, 3)
-    paddle, opponent = (centre(court[..., columns].clip(max=61), down, 3) for columns in (slice(73, 76), slice(8, 11)))
-    speed = x[:, 1] - x[:, 0]
-    fall = y[:, 1] - y[:, 0]
-    arrival = y[:, 1] + np.where(speed > 0.5, fall * (73 - x[:, 1]) / np.maximum(speed, 0.5), 0)
+    aim, follow, margin, glide, slow = weights.T
+    court = np.abs(states[:, -2:, 14:77] - 87.0).clip(max=61)  # (E, 2, 63, 84): its ground is grey 87
+    (_, paddle), (last_row, row), (last_column, column) = (
+        centre(*where).T for where in ((slice(73, 76), 2), (slice(12, 72), 2), (slice(12, 72), 3)))
+    speed = column - last_column
+    arrival = row + (row - last_row) * (61 - column) / np.maximum(speed, 0.5)
     arrival = 62 - np.abs(arrival % 124 - 62)  # reflected at both walls
-    now = paddle[:, 1]
-    return np.stack([np.ones_like(now), arrival - now, y[:, 1] - now, now - paddle[:, 0], fall, opponent[:, 1] - now], 1)
-
-
-def pong_actions(weights: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Linear in the features (6,): down where their weighted sum exceeds 1, up where it is below −1, else nothing; (E,)."""
-    drive = (pong_features(states) * weights).sum(1)
-    return np.select([drive > 1, drive < -1], [3, 2], 0)  # ALE calls them left and right
+    goal = np.where(speed > 0.5, arrival + aim, 31 + follow * (row - 31))
+    error = goal - paddle - glide * np.array([0, 0, -1, 1, -1, 1])[before]
+    move = np.where(np.abs(error) > margin, np.sign(error), 0).astype(int)
+    return np.array([[2, 0, 3], [4, 1, 5]])[(speed < slow).astype(int), move + 1]  # ALE calls up right, and down left
 
 
 def collect_game(game: Game, steps: int = 20_000, seed: int = 0, progress: bool = True) -> Path:
     """The folder, in DQN-replay's layout, with the first whole episodes that make ``steps``; made on first use.
 
-    The shipped policy plays them with sticky actions; for variety each replaces its own share of the actions, drawn from 0 to
-    a half, by random ones. Episodes depend on ``seed`` and their number alone, and the same arguments give the same bytes.
-    ``UserError``: a game without a policy, steps or seed out of range, a full disk.
+    The shipped policy plays, but a share of its actions, drawn from 0 to ½ for each episode, is random. The same arguments
+    give the same bytes. ``UserError``: a game without a policy, steps or seed out of range, a full disk.
     """
+    def choose(states: np.ndarray, before: np.ndarray, _: np.ndarray) -> np.ndarray:
+        random = generator.random() < share  # of the episode that is being played
+        return generator.integers(game.actions, size=1) if random else pong_actions(weights, states, before)
+
     policy = POLICIES / game.name / "policy.json"
-    if not policy.exists():
-        raise UserError(f"No policy for {game.name} is shipped, only for pong: give a folder of DQN-replay to load_replay.")
-    if steps < 1 or seed < 0:
-        raise UserError(f"Cannot collect {steps} steps with seed {seed}: expected at least 1 step and a seed from 0.")
-    digest = hashlib.sha256(f"layout 1, ale-py {ale_py.__version__} ".encode() + policy.read_bytes()).hexdigest()
-    out = cache_root() / "data" / f"{game.name}-{steps}-seed{seed}-{digest[:8]}"
-    with locked(out):
-        if _replay_file(out, "add_count", 0).exists():  # the last to be written
+    if not policy.exists() or steps < 1 or seed < 0:
+        raise UserError(f"Cannot collect {steps} steps of {game.name} with seed {seed}: expected pong, the one game with a "
+                        "policy, at least 1 step and a seed from 0; of other games, load DQN-replay's data.")
+    weights = np.array(json.loads(policy.read_text())["weights"])
+    out = cache_root() / "data" / f"{game.name}-{steps}-seed{seed}-ale{ale_py.__version__}-{sha256(policy)[:8]}"
+    with locked(out), tqdm(desc=f"collecting {game.name}", total=steps, unit=" steps", disable=not progress) as bar:
+        if (out / "add_count_ckpt.0.gz").exists():  # the last to be written
             return out
-        weights, parts, taken = np.array(json.loads(policy.read_text())["weights"]), [], 0
-        with tqdm(desc=f"collecting {game.name}", total=steps, unit=" steps", disable=not progress) as bar:
-            episodes = itertools.chain.from_iterable(_eight_episodes(game, weights, seed, i) for i in itertools.count())
-            while taken < steps:
-                parts.append(next(episodes))
-                taken += len(parts[-1])
-                bar.update(min(taken, steps) - bar.n)
-        columns = (np.array(column) for column in zip(*itertools.chain.from_iterable(parts), strict=True))
-        starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-        write_replay(out, Trajectories(out.name, *columns, starts))
+        rows, starts = [], [0]
+        while len(rows) < steps:
+            generator = np.random.default_rng([seed, len(starts)])
+            share = generator.uniform(0, 0.5)
+            rows.extend((screens[0].copy(), *actions, *rewards) for screens, actions, rewards, _ in
+                        lockstep(game, [generator], choose, sticky=True))
+            starts.append(len(rows))
+            bar.update(min(len(rows), steps) - bar.n)
+        write_replay(out, Trajectories(out.name, *map(np.array, zip(*rows, strict=True)), np.array(starts)))
     return out
-
-
-def _eight_episodes(game: Game, weights: np.ndarray, seed: int, group: int) -> list[list[tuple]]:
-    """Whole episodes 8·``group`` to 8·``group`` + 7, side by side: lists of (screen, action, reward)."""
-    generators = [np.random.default_rng([seed, 8 * group + slot]) for slot in range(8)]
-    environments, episodes = make_environments(game, 8, sticky=True), [[] for _ in generators]
-    states, _ = environments.reset(seed=np.array([generator.integers(1, 2**31 - 1) for generator in generators]))
-    shares, running = [generator.uniform(0, 0.5) for generator in generators], np.full(8, True)
-    while running.any():
-        actions = pong_actions(weights, states)
-        for slot, (generator, share) in enumerate(zip(generators, shares, strict=True)):
-            if generator.random() < share:
-                actions[slot] = generator.integers(game.actions)
-        following, rewards, ends, cuts, _ = environments.step(actions)
-        for slot in np.flatnonzero(running):
-            episodes[slot].append((states[slot, -1].copy(), actions[slot], rewards[slot]))
-        states, running = following, running & ~(ends | cuts)  # a finished game begins anew, unheeded
-    return episodes
 
 
 class GameTransformer(DecisionTransformer):
     """Predict a_t from (R̂_1, s_1, a_1, …, R̂_t, s_t), s_t a stack of screens (Chen et al. 2021, paper B).
 
-    The blocks and the final norm are those of ``start``. Around them, as in [code]: DQN's convolutions, a table of actions,
-    tanh after each embedding and no input norm, one learned vector for each of the window's 3K places, and one for the time
-    step at which the window begins, below ``horizon``; later ones share the last.
+    The blocks and the final norm, ``initialisation``, ``size``, ``dropout`` and errors are build_model's; paper B's baseline
+    is ("random-matched", "atari"). Around them, as in [code]: DQN's convolutions, a table of actions, tanh after each
+    embedding and no input norm, a learned vector for each of the window's 3K places, and one for the time step at which the
+    window begins; from ``horizon`` on, the longest episode of the data, they share the last. ``context``: K, None the game's.
     """
 
-    def __init__(self, game: Game, start: DecisionTransformer, context: int, horizon: int):
+    def __init__(self, initialisation: str, size: str, game: Game, seed: int, *, horizon: int, context: int | None = None,
+                 dropout: tuple[float, float, float] = (0.1, 0.1, 0.1)):
         nn.Module.__init__(self)
+        start = build_model(initialisation, size, get_task("hopper"), seed, dropout)  # any task: only its blocks are used
         self.config, self.h, self.ln_f, width = start.config, start.h, start.ln_f, start.config.hidden_size
-        self.embed_return = nn.Sequential(nn.Linear(1, width), nn.Tanh())
-        self.embed_state = nn.Sequential(
-            nn.Conv2d(STACK, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
-            nn.Flatten(), nn.Linear(3136, width), nn.Tanh())
-        self.embed_action = nn.Sequential(nn.Embedding(game.actions, width), nn.Tanh())
-        self.embed_place, self.embed_time = nn.Embedding(3 * context, width), nn.Embedding(horizon, width)
-        self.head = nn.Linear(width, game.actions, bias=False)
-        for module, std in (self.embed_action[0], 0.02), (self.head, 0.02), (self.embed_place, 0.0), (self.embed_time, 0.0):
-            nn.init.normal_(module.weight, std=std)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "game"))
+            self.embed_return = nn.Sequential(nn.Linear(1, width), nn.Tanh())
+            self.embed_state = nn.Sequential(
+                nn.Conv2d(STACK, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
+                nn.Flatten(), nn.Linear(3136, width), nn.Tanh())
+            self.embed_action = nn.Sequential(nn.Embedding(game.actions, width), nn.Tanh())
+            self.embed_place = nn.Parameter(torch.zeros(3 * (context or game.context), width))
+            self.embed_time = nn.Parameter(torch.zeros(horizon, width))
+            self.head = nn.Linear(width, game.actions, bias=False)
+            for part in (self.embed_action[0], self.head):
+                nn.init.normal_(part.weight, std=0.02)
 
     def encode(self, states: Tensor) -> Tensor:
         """Embedded states (B, K, D) of states (B, K, 4, 84, 84) uint8."""
@@ -285,48 +264,29 @@ class GameTransformer(DecisionTransformer):
     def embed(self, encoded: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """Tokens (B, T, D) from embedded states (B, K, D) and the rest as in ``forward``."""
         kinds = (self.embed_return(returns_to_go.unsqueeze(-1)), encoded, self.embed_action(actions))
-        # [code] numbers the window in evaluation by its last step: here it is its first, as in training.
-        begin = time_steps[:, :1].clamp(max=self.embed_time.num_embeddings - 1)
         tokens = torch.stack(kinds, dim=2).flatten(1, 2)
-        return tokens + self.embed_place.weight[:tokens.shape[1]] + self.embed_time(begin)
+        # [code] numbers the window in evaluation by its last step: here it is its first, as in training.
+        begin = self.embed_time[time_steps[:, :1].clamp(max=len(self.embed_time) - 1)]
+        return tokens + self.embed_place[:tokens.shape[1]] + begin
 
     def act(self, encoded: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
         """Logits (B, A) of the last step's action, from embedded states (B, K, D)."""
         return self.head(self.hidden(self.embed(encoded, actions, returns_to_go, time_steps)[:, :-1], LAST)[:, 0])
 
     def forward(self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor) -> Tensor:
-        """Logits (B, K, A) of the actions.
-
-        states (B, K, 4, 84, 84) uint8; actions (B, K) int64, a_t itself is not seen by its prediction; returns_to_go (B, K)
-        in clipped rewards, not scaled [code]; time_steps (B, K) int64. Windows are padded on the right.
-        """
-        tokens = self.embed(self.encode(states), actions, returns_to_go, time_steps)[:, :-1]
-        return self.head(self.hidden(tokens, STATES))
-
-
-def build_game_model(initialisation: str, size: str, game: Game, seed: int, *, horizon: int, context: int | None = None,
-                     dropout: tuple[float, float, float] = (0.1, 0.1, 0.1)) -> GameTransformer:
-    """A GameTransformer at its starting point, float32, on the CPU; the same for the same seed. K is ``context`` or the game's.
-
-    ``initialisation``, ``size``, ``dropout`` and errors as in build_model; ("random-matched", "atari") is paper B's baseline.
-    [code] takes ``horizon`` from the data: the longest episode's steps.
-    """
-    start = build_model(initialisation, size, get_task("hopper"), seed, dropout)  # any task: only its blocks are used
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "game"))
-        return GameTransformer(game, start, context or game.context, horizon)
+        """Logits (B, K, A) of the actions from states (B, K, 4, 84, 84) uint8, actions and time_steps (B, K) int64 and
+        returns_to_go (B, K), not scaled [code]. Logit t does not see a_t itself; windows are padded on the right."""
+        return self.head(self.hidden(self.embed(self.encode(states), actions, returns_to_go, time_steps)[:, :-1], STATES))
 
 
 class ScreenSampler:
-    """All trajectories on one device, and any window of K = ``context`` steps by indexing, as in WindowSampler.
-
-    Screens stay uint8, 7 kB a step, and are stacked here; those from before an episode's start are black.
-    """
+    """WindowSampler for games: the screens stay uint8, 7 kB a step, and are stacked here; before an episode they are black."""
 
     def __init__(self, trajectories: Trajectories, context: int, device: torch.device | str = "cpu"):
-        begins, ends = (np.repeat(edge, trajectories.lengths) for edge in (trajectories.starts[:-1], trajectories.starts[1:]))
-        self._screens, *self._columns, self._begins, self._ends = (torch.from_numpy(rows).to(device) for rows in (
-            trajectories.observations, trajectories.actions, trajectories.returns_to_go, trajectories.time_steps, begins, ends))
+        edges = (np.repeat(rows, trajectories.lengths) for rows in (trajectories.starts[:-1], trajectories.starts[1:]))
+        columns = trajectories.actions, trajectories.returns_to_go, trajectories.time_steps, *edges
+        self._screens, *self._columns, self._begins, self._ends = (
+            torch.from_numpy(rows).to(device) for rows in (trajectories.observations, *columns))
         self._offsets = torch.arange(1 - STACK, context, device=device)
         self.number_of_steps = len(trajectories.rewards)
 
@@ -334,90 +294,153 @@ class ScreenSampler:
         """The windows that begin at rows ``starts``, (B,) int64: states (B, K, 4, 84, 84) uint8, actions (B, K) int64."""
         rows = starts[:, None] + self._offsets
         real = (rows >= self._begins[starts][:, None]) & (rows < self._ends[starts][:, None])
-        rows = torch.where(real, rows, 0)
+        rows, mask = torch.where(real, rows, 0), real[:, STACK - 1:]
         screens = self._screens[rows].masked_fill_(~real[..., None, None], 0)
-        rows, mask = rows[:, STACK - 1:], real[:, STACK - 1:]
-        columns = (column[rows].masked_fill_(~mask, 0) for column in self._columns)
         states = screens.unfold(1, STACK, 1).movedim(-1, 2).masked_fill(~mask[..., None, None, None], 0)
-        return Windows(states, *columns, mask)
+        return Windows(states, *(column[rows[:, STACK - 1:]].masked_fill_(~mask, 0) for column in self._columns), mask)
 
 
 def game_loss(logits: Tensor, windows: Windows) -> Tensor:
     """Mean cross-entropy of the actions over real (not padded) steps, in nats; logits (B, K, A)."""
-    return cross_entropy(logits.flatten(0, 1), windows.actions.masked_fill(~windows.mask, -100).flatten(), ignore_index=-100)
-
-
-def make_game_optimiser(model: GameTransformer, learning_rate: float = 6e-4) -> torch.optim.AdamW:
-    """[code]'s AdamW: weight decay 0.1 for matrices and kernels, none for biases, norms and tables."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups = {True: [], False: []}
-    for parameter in model.parameters():
-        groups[parameter.dim() > 1 and id(parameter) not in tables].append(parameter)
-    return torch.optim.AdamW([{"params": groups[True], "weight_decay": 0.1}, {"params": groups[False], "weight_decay": 0.0}],
-                             lr=learning_rate, betas=(0.9, 0.95), fused=True)
-
-
-def train_game_epoch(model: GameTransformer, optimiser: torch.optim.Optimizer, sampler: ScreenSampler, starts: Tensor, *,
-                     first_step: int, total_steps: int, learning_rate: float = 6e-4, precision: str = "float32",
-                     on_step: Callable[[], None] = lambda: None) -> float:
-    """train_epoch for games: one step per row of ``starts`` (steps, B), gradients clipped at 1; return the mean loss.
-
-    The learning rate falls along a cosine to a tenth; [code] chose its end so that five epochs make five sixths of it.
-    """
-    model.train()
-    total = torch.zeros((), device=starts.device)
-    for step, row in enumerate(starts, first_step):
-        windows = sampler.windows(row)
-        loss = game_loss(predict(model, windows, precision), windows)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate * max(0.1, (1 + math.cos(math.pi * 5 / 6 * step / total_steps)) / 2)
-        optimiser.step()
-        total += loss.detach()
-        on_step()
-    return float(total / len(starts))
+    actions = windows.actions.masked_fill(~windows.mask, -100)  # what cross_entropy leaves out
+    return nn.functional.cross_entropy(logits.flatten(0, 1), actions.flatten())
 
 
 @torch.no_grad()
 def play(model: GameTransformer, game: Game, *, target_return: float, episodes: int, seed: int, first_episode: int = 0,
          greedy: bool = False, sticky: bool = False, horizon: int = HORIZON) -> Episodes:
-    """Scores and lengths of ``episodes`` games played side by side, each asked for ``target_return``.
+    """Scores and lengths of ``episodes`` games side by side, each asked for ``target_return``, cut at ``horizon`` steps.
 
     Actions are drawn from the model's distribution [code], or are the likeliest (``greedy``). R̂ falls by the clipped rewards
-    that it is made of in the data; [code] subtracts the raw ones. Game e draws all from (seed, "game", first_episode + e),
-    whatever runs beside it, up to the last bits of batched arithmetic.
+    that it is made of in the data; [code] subtracts the raw ones. Game e draws all from (seed, "game", first_episode + e).
     """
+    def choose(states: np.ndarray, _: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+        encoded = model.encode(torch.from_numpy(states).to(device)[:, None])[:, 0]
+        before = past[-1][2] if past else torch.full((episodes,), target_return).to(encoded)
+        still_to_come = before - torch.from_numpy(rewards.clip(-1, 1)).to(encoded)
+        past.append((encoded, torch.zeros(episodes, dtype=torch.int64, device=device), still_to_come))
+        begins = torch.full((episodes, 1), len(steps) + 1 - len(past), device=device)
+        logits = model.act(*(torch.stack(column, 1) for column in zip(*past, strict=True)), begins)
+        draws = torch.tensor([[generator.random()] for generator in generators], device=device)
+        drawn = (logits.double().softmax(-1).cumsum(-1)[:, :-1] < draws).sum(-1)
+        return past[-1][1].copy_(logits.argmax(-1) if greedy else drawn).cpu().numpy()
+
     model.eval()
-    device, places = model.head.weight.device, model.embed_place.num_embeddings
+    device, steps = model.head.weight.device, []
     generators = [np.random.default_rng(stream_seed(seed, "game", first_episode + e)) for e in range(episodes)]
-    environments = make_environments(game, episodes, sticky)
-    states, _ = environments.reset(seed=np.array([generator.integers(1, 2**31 - 1) for generator in generators]))
-    scores, clipped, lengths, alive = np.zeros(episodes), np.zeros(episodes), np.zeros(episodes, np.int64), np.arange(episodes)
-    past: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=places // 3)  # of the games still running
-    for t in range(horizon):
-        encoded = model.encode(torch.as_tensor(states[alive, None], device=device))[:, 0]
-        still_to_come = torch.as_tensor(target_return - clipped[alive], device=device, dtype=encoded.dtype)
-        past.append((encoded, torch.zeros(len(alive), dtype=torch.int64, device=device), still_to_come))
-        begin = torch.full((len(alive), 1), t + 1 - len(past), device=device)
-        logits = model.act(*(torch.stack(column, 1) for column in zip(*past, strict=True)), begin)
-        if greedy:
-            chosen = logits.argmax(-1)
-        else:
-            draws = torch.tensor([generators[e].random() for e in alive], device=device)
-            chosen = (logits.double().softmax(-1).cumsum(-1)[:, :-1] < draws[:, None]).sum(-1)
-        past[-1][1].copy_(chosen)
-        actions = np.zeros(episodes, np.int64)
-        actions[alive] = chosen.cpu().numpy()
-        states, rewards, ends, cuts, _ = environments.step(actions)
-        scores[alive] += rewards[alive]
-        clipped[alive] += rewards[alive].clip(-1, 1)
-        lengths[alive] = t + 1
-        running = ~(ends | cuts)[alive]
-        if not running.all():
-            alive, kept = alive[running], torch.as_tensor(running, device=device)
-            past = deque((tuple(column[kept] for column in step) for step in past), maxlen=past.maxlen)
-        if not len(alive):
-            break
-    return Episodes(scores, lengths)
+    past = deque(maxlen=len(model.embed_place) // 3)  # embedded states (E, D), actions and returns-to-go (E,)
+    for _, _, rewards, running in lockstep(game, generators, choose, sticky, horizon):
+        steps.append((rewards * running, running))
+    return Episodes(*(np.sum(column, 0) for column in zip(*steps, strict=True)))
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class GameConfig:
+    """All that decides a run on a game; by default paper B's baseline. Raises UserError for wrong names and values."""
+
+    game: str = "breakout"
+    data: str = "collected"  # or a folder in DQN-replay's layout
+    data_steps: Annotated[int, Field(gt=0)] | None = 500_000  # None: all of a folder's
+    data_checkpoints: Annotated[tuple[int, ...], Field(strict=False)] = tuple(range(50))  # of a folder
+    initialisation: str = "random-matched"
+    size: Literal[tuple(SIZES)] = "atari"
+    seed: Annotated[int, Field(ge=0)] = 0
+    context: Annotated[int, Field(gt=0)] | None = None  # None: the game's, as of batch and target
+    batch_size: Annotated[int, Field(gt=0)] | None = None
+    target_return: float | None = None
+    epochs: Annotated[int, Field(gt=0)] = 5
+    steps_per_epoch: Annotated[int, Field(gt=0)] | None = None  # None: the data once
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    warmup_steps: Annotated[int, Field(gt=0)] = 3  # 10,240 actions [code]
+    evaluation_episodes: Annotated[int, Field(gt=0)] = 10
+    horizon: Annotated[int, Field(gt=0)] = HORIZON  # steps after which a game in evaluation is cut
+    starting_weights: str | None = None  # filled in: the digest of the starting point's weights
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, values: object, build: Callable) -> "GameConfig":
+        config = checked(cls, values, build)
+        game = get_game(config.game)
+        given = dict(context=game.context, batch_size=game.batch_size, target_return=game.target,
+                     starting_weights=weights_digest(config.initialisation, config.size, config.seed))
+        for name, value in given.items():
+            if getattr(config, name) is None:
+                object.__setattr__(config, name, value)
+        return config
+
+    @property
+    def name(self) -> str:
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return f"{self.game}-{Path(self.initialisation).name}-K{self.context}-seed{self.seed}-{digest}"
+
+    def load_data(self, progress: bool = True) -> Trajectories:
+        """The data (collected on first use). Raises UserError as ``collect_game`` and ``load_replay`` do."""
+        game = get_game(self.game)
+        if self.data == "collected":
+            return load_replay(collect_game(game, self.data_steps or 20_000, progress=progress), game)
+        return load_replay(Path(self.data), game, self.data_checkpoints, self.data_steps)
+
+
+def game_optimiser(model: GameTransformer, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW with β₂ 0.95 and weight decay 0.1 for matrices and kernels, not for tables, norms and biases [code]."""
+    tables = {id(model.embed_action[0].weight), id(model.embed_place), id(model.embed_time)}
+    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in tables]
+    rest = [p for p in model.parameters() if p.dim() < 2 or id(p) in tables]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                             lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def fine_tuned_game(config: GameConfig, device: str = "auto", progress: bool = True) -> dict:
+    """The record of ``config``'s run: config, metrics, versions; trained if absent, from its last finished epoch.
+
+    metrics: per epoch, 0 being the start: step, loss (mean of the epoch, nats an action; None at 0), scores and lengths (one
+    for each episode). The weights of the last epoch lie beside the record.
+    """
+    final, device = cache_root() / "games" / config.name, choose_device(device)
+    record, state = final / "run.json", final / "resume.safetensors"
+    with locked(final):
+        if record.exists():
+            return json.loads(record.read_text())
+        game, trajectories = get_game(config.game), config.load_data(progress)
+        sampler = ScreenSampler(trajectories, config.context, device)
+        model = GameTransformer(config.initialisation, config.size, game, config.seed, context=config.context,
+                                horizon=int(trajectories.lengths.max())).to(device)
+        optimiser, metrics = game_optimiser(model, config.learning_rate), []
+        if state.exists():
+            metrics = load_state(state, model, optimiser)["metrics"]
+        per_epoch = config.steps_per_epoch or -(-sampler.number_of_steps // config.batch_size)
+        total = config.epochs * per_epoch
+        with tqdm(total=total, initial=max(len(metrics) - 1, 0) * per_epoch, desc=config.name, unit="step",
+                  disable=not progress) as bar, torch.random.fork_rng(range(torch.cuda.device_count())):
+            for epoch in range(len(metrics), config.epochs + 1):
+                losses = []
+                if epoch > 0:
+                    torch.manual_seed(stream_seed(config.seed, "dropout", epoch))
+                    generator = torch.Generator().manual_seed(stream_seed(config.seed, "batches", epoch))
+                    starts = torch.randint(sampler.number_of_steps, (per_epoch, config.batch_size), generator=generator)
+                    model.train()
+                    for i, row in enumerate(starts.to(device), (epoch - 1) * per_epoch):
+                        falling = max(0.1, 0.5 * (1 + math.cos(math.pi * i / total)))  # [code]
+                        for group in optimiser.param_groups:
+                            group["lr"] = config.learning_rate * min((i + 1) / config.warmup_steps, falling)
+                        windows = sampler.windows(row)
+                        loss = game_loss(predict(model, windows), windows)
+                        optimiser.zero_grad()
+                        loss.backward()
+                        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                        optimiser.step()
+                        losses.append(loss.detach())
+                        bar.update()
+                played = play(model, game, target_return=config.target_return, episodes=config.evaluation_episodes,
+                              seed=stream_seed(config.seed, "evaluation of epoch", epoch), horizon=config.horizon)
+                metrics.append({"step": epoch * per_epoch, "loss": float(torch.stack(losses).mean()) if losses else None,
+                                "scores": played.returns.tolist(), "lengths": played.lengths.tolist()})
+                save_state(state, model, optimiser, {"metrics": metrics})
+        with atomic_write(final / "model.safetensors") as temporary:
+            save_file(model.state_dict(), temporary)
+        found = {"config": dataclasses.asdict(config), "metrics": metrics,
+                 "versions": {**versions(), "ale-py": ale_py.__version__}}
+        with atomic_write(record) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+        state.unlink()
+    return found

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -30,6 +29,7 @@ def cosine_centres(words: Tensor, number: int = 1000) -> Tensor:
     """Centres (C, D), of length 1, of k-means by cosine on a word table (V, D); the same on every machine's cores."""
     unit = normalize(words.float(), dim=1).numpy()
     with threadpool_limits(1):
+        from sklearn.cluster import KMeans  # slow to import, and only needed here
         found = KMeans(min(number, len(unit)), n_init=1, max_iter=50, random_state=0).fit(unit).cluster_centers_
     return normalize(torch.from_numpy(found), dim=1).to(words.dtype)
 

@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,8 @@ from dtlib.seeding import stream_seed
 from dtlib.tasks import Task
 
 # Blocks, width, heads.
-SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "chibit": (3, 128, 1), "small": (6, 384, 6), "gpt2": (12, 768, 12),
-         "imagegpt": (24, 512, 8)}
+SIZES = {"tiny": (2, 64, 2), "mini": (4, 128, 4), "chibit": (3, 128, 1), "atari": (6, 128, 8), "small": (6, 384, 6),
+         "gpt2": (12, 768, 12), "imagegpt": (24, 512, 8)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Initialisation:
 
     weights: str | None = None  # hub id, or folder in transformers' layout
     made: str | None = None  # kind of starting point made by `python -m dtlib pretrain`; with no weights either: random
+    tokens: str = ""  # how many that has learnt from, such as "10M"; empty: its size's own number
     carrier: str = "gpt2"  # or "imagegpt", whose norm does not centre and has no bias
     heads: int | None = None  # of random weights; None: as the size has it. Pre-trained ones bring this and the next
     activation: str = "gelu_new"
@@ -67,34 +68,39 @@ NEW_WHEN_POURED = r"(h\.\d+\.ln_[12]|ln_f)\.bias"
 
 
 def get_initialisation(name: str) -> Initialisation:
-    """The row called ``name``, or one for a folder of GPT-2 or ImageGPT weights. Raises UserError for anything else."""
+    """The row called ``name``; one made from so many tokens, such as "language-10M"; or one for a folder of GPT-2 or ImageGPT
+    weights. Raises UserError for anything else."""
     if name in INITIALISATIONS:
         return INITIALISATIONS[name]
+    kind, _, tokens = name.rpartition("-")
+    if re.fullmatch(r"[1-9]\d*[kMB]", tokens) and kind in INITIALISATIONS and (row := INITIALISATIONS[kind]).made:
+        return replace(row, tokens=tokens)
     if (Path(name) / "config.json").is_file():
         return Initialisation(weights=name, carrier=read_config(Path(name))["model_type"])
     raise UserError(f"Unknown initialisation {name!r}: expected one of {', '.join(INITIALISATIONS)}, or a folder with the "
                     "config.json and model.safetensors of a GPT-2 or ImageGPT model.")
 
 
-def starting_point(kind: str, size: str, seed: int) -> Path:
+def starting_point(kind: str, size: str, seed: int, tokens: str = "") -> Path:
     """Folder of a starting point made here: the shipped ones first, then this machine's own.
 
-    Where there are n of that kind and size, ``seed`` takes number seed mod n, so that seeds vary the starting point too.
-    Raises UserError if there is none.
+    Where there are n of that kind, size and amount of ``tokens``, ``seed`` takes number seed mod n, so that seeds vary the
+    starting point too. Raises UserError if there is none.
     """
-    roots = cache_root() / "starting_points", SHIPPED
-    found = {int(number): folder for root in roots for folder in root.glob(f"{kind}-{size}-seed*")
+    roots, amount = (cache_root() / "starting_points", SHIPPED), f"-{tokens}" * bool(tokens)
+    found = {int(number): folder for root in roots for folder in root.glob(f"{kind}-{size}{amount}-seed*")
              if (number := folder.name.rpartition("seed")[2]).isdecimal()}
     if not found:
         raise UserError(f"There is no {kind!r} starting point of size {size!r} here: make one with "
-                        f"`python -m dtlib pretrain {kind} --size {size}`, or take size='mini', which is shipped.")
+                        f"`python -m dtlib pretrain {kind} --size {size}{f' --set tokens={tokens}' * bool(tokens)}`, or "
+                        "take size='mini', which is shipped.")
     return found[sorted(found)[seed % len(found)]]
 
 
 def weights_folder(row: Initialisation, size: str, seed: int) -> Path | None:
     """Folder of a starting point's files, from the hub (downloaded if need be) if its row says so; None: random weights."""
     if row.made:  # beside GPT-2 the papers put ImageGPT at its own size
-        return starting_point(row.made, "imagegpt" if row.made == "image" and size == "gpt2" else size, seed)
+        return starting_point(row.made, "imagegpt" if row.made == "image" and size == "gpt2" else size, seed, row.tokens)
     if (weights := row.weights) is None or Path(weights).is_dir():
         return weights and Path(weights)
     from huggingface_hub import snapshot_download
@@ -117,6 +123,12 @@ def weights_digest(initialisation: str, size: str, seed: int) -> str:
 @functools.cache
 def _digest(path: Path, modified: int) -> str:
     return sha256(path)[:16]
+
+
+def number_of_blocks(initialisation: str, size: str, seed: int) -> int:
+    """How many blocks a starting point has: ``size``'s, or those that its weights bring."""
+    folder = weights_folder(get_initialisation(initialisation), size, seed)
+    return SIZES[size][0] if folder is None else read_config(folder)["n_layer"]
 
 
 def read_config(folder: Path) -> dict:

@@ -8,6 +8,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
+from IPython.display import Image, display
 from pydantic_core import to_json
 
 from dtlib.errors import UserError, atomic_write, versions
@@ -85,7 +87,7 @@ class Output:
         self.folder = Path(os.environ.get("DTLIB_FIGURES") or repository() / "figures") / profile / notebook
 
     def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:
-        """Write ``name``.png (200 dpi), .pdf and .csv (the numbers shown): the same bytes for the same figure."""
+        """Write ``name``.png (200 dpi), .pdf and .csv (the numbers shown), the same bytes for the same figure; show it."""
         figure.draw_without_rendering()  # the layout is found once, not for each file and for the screen again
         figure.set_layout_engine("none")
         for suffix in ("png", "pdf"):
@@ -93,6 +95,9 @@ class Output:
                 figure.savefig(path, dpi=200, metadata={"CreationDate": None} if suffix == "pdf" else None)
         with atomic_write(self.folder / f"{name}.csv") as path:
             table.to_csv(path, index=False, lineterminator="\n")
+        plt.close(figure)
+        if (shell := get_ipython()) is not None and shell.has_trait("kernel"):  # a notebook would draw it once more
+            display(Image(str(self.folder / f"{name}.png"), width=round(96 * figure.get_figwidth())))
 
     def record(self, results: dict) -> None:
         """Write results.json: ``results`` (numbers at full precision, NaN as null), the profile, the versions."""

@@ -45,6 +45,7 @@ class PretrainConfig:
     corpus: str = ""  # see corpora.language and corpora.image; empty: what comes with every install
     vocabulary: Annotated[int, Field(ge=257, le=65535)] | None = None  # of the byte-level BPE
     sequence: Count | None = None  # tokens
+    tokens: Annotated[str, Field(pattern=r"^([1-9]\d*[kMB])?$")] = ""  # such as "10M": sets the steps
     steps: Count | None = None
     batch_size: Count | None = None
     learning_rate: Positive | None = None  # after a warm-up of a twentieth of the steps; then falls linearly to 0
@@ -61,19 +62,26 @@ class PretrainConfig:
         if small and config.kind == "image":
             own |= {"sequence": 256, "batch_size": 8}  # 16 × 16 pixels
         for name, value in own.items():
-            if not getattr(config, name):
+            if not getattr(config, name) and not (name == "steps" and config.tokens):
                 object.__setattr__(config, name, value)
+        if config.tokens:
+            amount = int(config.tokens[:-1]) * {"k": 10**3, "M": 10**6, "B": 10**9}[config.tokens[-1]]
+            steps = max(1, round(amount / config.batch_size / config.sequence))
+            if config.steps not in (None, steps):
+                raise UserError(f"tokens={config.tokens} are {steps} steps here, not {config.steps}: leave out one of them.")
+            object.__setattr__(config, "steps", steps)
         return config
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.size}-seed{self.seed}"
+        return "-".join(filter(None, (self.kind, self.size, self.tokens, f"seed{self.seed}")))
 
     @property
     def command(self) -> str:
         """What makes this starting point again."""
         default = PretrainConfig(self.kind, self.size, self.seed)
-        changed = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
+        changed = {name: value for name, value in vars(self).items()
+                   if value != getattr(default, name) and not (name == "steps" and self.tokens)}
         return " ".join([f"python -m dtlib pretrain {self.kind} --size {self.size} --seed {self.seed}",
                          *(f"--set {shlex.quote(f'{name}={value}')}" for name, value in changed.items())])
 
@@ -157,8 +165,8 @@ def pretrain(config: PretrainConfig, folder: Path | None = None, device: str = "
             leftover.unlink()
         for place in (folder, growing):
             record = place / "training.json"
-            known = json.loads(record.read_text()).get("config") if record.exists() else None
-            if known != dataclasses.asdict(config) and (known or place.is_file() or any(place.glob("*"))):
+            known = json.loads(record.read_text()).get("config", {}) if record.exists() else {}
+            if {"tokens": "", **known} != dataclasses.asdict(config) and (known or place.is_file() or any(place.glob("*"))):
                 raise UserError(f"{place} holds something else than this starting point: give another --out, or remove it.")
         if not (folder / "training.json").exists():
             threads = torch.get_num_threads()

@@ -19,22 +19,28 @@ AS_PAPER = dict(  # paper A's architecture, training and evaluation
     steps_back=list(range(20)), mine_width=400, mine_passes=1000, mine_learning_rate=1e-4, corrected_windows=6000,
     critic_steps=1000, full_size_correlations=[],
     # of paper B
-    variants=EVERY_VARIANT, alignment_steps=15_000, cotraining_corpus="")
+    variants=EVERY_VARIANT, alignment_steps=15_000, cotraining_corpus="", game_context=0, game_batch_size=0, game_epochs=5,
+    game_updates=0, game_episodes=10)
 PROFILES: dict[str, dict[str, object]] = {
     "smoke": dict(dataset_steps=5_000, seeds=[0, 1], epochs=1, steps_per_epoch=3, batch_size=8, warmup_steps=2,
                   time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, windows=30, gradient_windows=20,
                   corrected_windows=150, critic_steps=10, mine_passes=5, full_size_correlations=[], delayed=True,
-                  variants=["alignment", "frozen blocks", "adapters", "extended positions"], alignment_steps=2),
+                  variants=["alignment", "frozen blocks", "adapters", "extended positions"], alignment_steps=2,
+                  games=["pong"], game_steps=300, game_context=4, game_batch_size=4, game_epochs=1, game_updates=2,
+                  game_episodes=1, game_horizon=30),
     "laptop": {},  # the notebooks' own defaults
     "full": dict(tasks=ALL_TASKS, seeds=[0, 1, 2, 3, 4], unclipped=["image", "image-native"], reset_which=["most", "least"],
                  initialisations=["random", "language", "image", "random-matched", "image-native", "markov", "iid"],
                  control_hosts=["random-matched"],
                  control_donors=["language-shuffled", "language-rotated", "random-matched", "markov"],
                  variants=EVERY_VARIANT, sizes=["tiny", "chibit"], contexts=[5, 10], fractions=[0.01, 0.1], delayed=True,
-                 further_data=["collected:medium-replay", "collected:medium-expert"]),
-    "gpu": dict(AS_PAPER, dataset="collected:medium", seeds=[0, 1, 2], precision="bfloat16"),
+                 further_data=["collected:medium-replay", "collected:medium-expert"], games=["pong"]),
+    "gpu": dict(AS_PAPER, dataset="collected:medium", seeds=[0, 1, 2], precision="bfloat16", games=["pong"],
+                game_steps=100_000, game_batch_size=128),
     "paper": dict(AS_PAPER, dataset="d4rl:medium", seeds=[666, 42], control_hosts=["random-matched"], control_donors=[],
-                  initialisations=["random", "gpt2", "igpt", "random-matched", "igpt-native"], unclipped=["igpt"]),
+                  initialisations=["random", "gpt2", "igpt", "random-matched", "igpt-native"], unclipped=["igpt"],
+                  games=["breakout", "qbert", "pong", "seaquest"], game_data="dqn-replay", game_steps=500_000,
+                  game_size="atari", game_initialisations=["random-matched", "gpt2"]),
 }
 HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
 
@@ -63,6 +69,10 @@ def missing(profile: str, parameters: dict[str, object] | None = None) -> list[s
         path = data.d4rl_path(tasks.get_task(name), quality)
         if not path.exists() and unreachable(data.D4RL_ADDRESS + path.name):
             lacks.append(f"the file {path} (put it there, from {data.D4RL_ADDRESS}{path.name})")
+    folder = Path(parameters.get("game_data", "collected"))
+    lacks += [f"the folder {folder / game} (put there what the bucket gs://atari-replay-datasets/dqn has of that game, in "
+              "1/replay_logs)" for game in parameters.get("games", [])
+              if str(folder) != "collected" and not (folder / game).is_dir()]
     starts = [model.get_initialisation(name) for name in parameters.get("initialisations", [])]
     for kind in dict.fromkeys(row.made for row in starts if row.made):
         try:

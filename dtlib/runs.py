@@ -335,7 +335,7 @@ def fine_tune_together(configs: list[RunConfig], device: str = "cuda",
         # One thread on the CPU, so that the bytes do not depend on how many cores there are.
         torch.set_num_threads(1 if device == "cpu" else threads)
         try:
-            with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else []):
+            with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
                 _advance(trainings, on_steps)
         finally:
             torch.set_num_threads(threads)
@@ -355,9 +355,15 @@ def _groups(configs: list[RunConfig]) -> list[list[RunConfig]]:
     return list(groups.values())
 
 
+def _in_worker(configs: list[RunConfig], device: str, card: int) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(card)
+    fine_tune_together(configs, device, report)
+
+
 def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | None = None,
                progress: bool = True) -> list[Run]:
-    """The finished runs of ``configs``, in order; missing ones are trained, on a CPU several at once (default: one a core).
+    """The finished runs of ``configs``, in order; missing ones are trained, several at once: one a core, or one a card.
 
     ``device`` "auto" is "cuda" where there is one, else "cpu". Ctrl-C leaves every run resumable from its last finished
     epoch. Raises UserError for an absent device, and as the data do.
@@ -366,18 +372,23 @@ def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | 
     missing = [config for config in dict.fromkeys(configs) if not (runs_root() / config.name).exists()]
     for config in {(c.task, c.dataset, c.dataset_steps): c for c in missing}.values():
         load_data(config, progress)  # collects or downloads once, before the processes start
-    processes = min(processes or os.cpu_count() or 1, len(missing))
+    groups = _groups(missing) if device == "cuda" else [[config] for config in missing]
+    processes = min(processes or (torch.cuda.device_count() if device == "cuda" else os.cpu_count()) or 1, len(groups))
     steps = sum(config.epochs * config.steps_per_epoch for config in missing)
     with tqdm(total=steps, desc=f"fine-tuning {len(missing)} runs", unit="step", disable=not (progress and missing)) as bar:
-        if device == "cpu" and processes > 1:  # one process and one thread a run: faster than one run on all cores
+        if processes > 1:  # one process and one thread a run: faster than one run on all cores
             with Workers(processes, "try processes=1") as pool:
-                pending = {pool.submit(fine_tune, config, "cpu", report) for config in missing}
-                while pending:
-                    done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                free, pending = list(range(processes)), {}
+                while groups or pending:
+                    while groups and free:
+                        card = free.pop()
+                        pending[pool.submit(_in_worker, groups.pop(0), device, card)] = card
+                    done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                     bar.update(pool.steps.get_obj().value - bar.n)  # without its lock, which a killed worker may hold
                     for future in done:
+                        free.append(pending.pop(future))
                         future.result()
         else:
-            for group in _groups(missing) if device == "cuda" else [[config] for config in missing]:
+            for group in groups:
                 fine_tune_together(group, device, bar.update)
     return [Run.open(runs_root() / config.name) for config in configs]

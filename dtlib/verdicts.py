@@ -1,7 +1,7 @@
 """One row a claim: what the paper says, the rule that decides it, what was found, and what follows."""
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 MEASURES = ("as released", "as written", "corrected")
 
@@ -18,7 +18,7 @@ def decide(section: str, claim: str, rule: str, measure: str, task: str, values:
     values = np.asarray(values, dtype=np.float64)
     effect, low, high = values.mean(), np.nan, np.nan
     if len(values) > 2:
-        half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+        half = special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
         low, high = effect - half, effect + half
     verdict = "supported" if low > threshold else "not supported" if high < threshold else "undecided"
     return {"section": section, "claim": claim, "rule": rule, "measure": measure, "task": task, "effect": effect, "low": low,
