@@ -39,10 +39,11 @@ def describe(run: object) -> str:
 @app.command()
 def figures(notebooks: list[str] = typer.Argument(None, help="Numbers or names, such as 00 03; all by default."),
             profile: str = typer.Option("laptop", help="smoke, laptop, full, gpu or paper."), figures: str = "figures",
-            settings: list[str] = typer.Option(None, "--set", help="name=value of a parameter; repeatable.")) -> None:
+            settings: list[str] = typer.Option(None, "--set", help="name=value of a parameter; repeatable."),
+            plan: bool = typer.Option(False, "--plan", help="Say what it would cost, and stop.")) -> None:
     """Run the notebooks; write figures and their numbers into FIGURES/PROFILE/NOTEBOOK."""
     from dtlib import batch
-    batch.run(profile, notebooks, dict(item.partition("=")[::2] for item in settings or []), figures)
+    batch.run(profile, notebooks, dict(item.partition("=")[::2] for item in settings or []), figures, plan)
 
 
 @app.command()

@@ -17,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from dtlib.errors import UserError, no_room
 from dtlib.plots import repository
-from dtlib.profiles import PROFILES, missing
+from dtlib.profiles import PROFILES, missing, to_be_made
+from dtlib.workers import Workers
 
 
 def convert(name: str, value: object, default: object) -> object:
@@ -57,8 +58,10 @@ def find(folder: Path, wanted: list[str] | None) -> list[Path]:
     return sorted({names[name] for name in wanted}) if wanted else known
 
 
-def plan(folder: Path, profile: str, wanted: list[str] | None, overrides: dict[str, object]) -> list[tuple]:
-    """What to run: (path, notebook, all its parameters), checked. An override must be a parameter of some notebook."""
+def plan(folder: Path, profile: str, wanted: list[str] | None, overrides: dict[str, object],
+         elsewhere: bool = False) -> list[tuple]:
+    """What to run, here or ``elsewhere``: (path, notebook, all its parameters), checked. An override must be a parameter of
+    some notebook."""
     if profile not in PROFILES:
         raise UserError(f"Unknown profile {profile!r}: the profiles are {', '.join(PROFILES)}.")
     jobs, known, wishes = [], set(), {**PROFILES[profile], **overrides, "profile": profile}
@@ -70,18 +73,71 @@ def plan(folder: Path, profile: str, wanted: list[str] | None, overrides: dict[s
         jobs.append((path, notebook, values))
     if unknown := [name for name in overrides if name not in known]:
         raise UserError(f"Unknown parameter {unknown[0]!r}: the parameters are {', '.join(sorted(known))}.")
-    if lacks := dict.fromkeys(lack for *_, values in jobs for lack in missing(profile, values)):
+    if not elsewhere and (lacks := dict.fromkeys(lack for *_, values in jobs for lack in missing(profile, values))):
         raise UserError(f"The {profile} profile cannot run here; it lacks: {'; '.join(lacks)}.")
     return jobs
 
 
-def run(profile: str, notebooks: list | None = None, overrides: dict | None = None, figures: str = "figures") -> dict:
-    """Run ``notebooks`` (numbers or names, default all) into ``figures``; print and return each one's seconds."""
+class _AskedFor(Exception):
+    """Ends a notebook's cell once it is known which runs it wants."""
+
+
+def asked_for(notebook: nbformat.NotebookNode, values: dict[str, object]) -> list:
+    """The RunConfigs that a notebook first asks ``runs.fine_tuned`` for, found by executing that cell after the first one,
+    with its parameters' ``values``; for a process of its own. Starting points that do not exist yet count as if they did.
+    """
+    from dtlib import runs
+    found, digests = [], runs._digests
+
+    def known(config: runs.RunConfig) -> str:
+        with contextlib.suppress(UserError):
+            return digests(config)
+        return "to be made"
+
+    def note(configs: list[runs.RunConfig], *_: object, **__: object) -> None:
+        found.extend(configs)
+        raise _AskedFor
+
+    runs.fine_tuned, runs._digests, scope = note, known, {}
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    if asking := next((source for source in code if "runs.fine_tuned(" in source), None):
+        with contextlib.suppress(_AskedFor, UserError):  # the notebook itself will say what is wrong
+            exec(code[0], scope)
+            exec(asking, scope | values | {"device": "auto"})
+    return found
+
+
+def cost_of(profile: str, jobs: list[tuple], points: list) -> str:
+    """What ``cost.say_plan`` says of the runs that ``jobs`` ask for."""
+    from dtlib import cost, runs  # slow to import
+    with Workers(1, "run the notebooks one by one") as pool:
+        given = [pool.submit(asked_for, notebook, values) for _, notebook, values in jobs]
+        asked = list({config.name: config for future in given for config in future.result()}.values())
+    return cost.say_plan(profile, asked, [c for c in asked if not (runs.runs_root() / c.name).exists()], points)
+
+
+def run(profile: str, notebooks: list | None = None, overrides: dict | None = None, figures: str = "figures",
+        only_plan: bool = False) -> dict:
+    """Run ``notebooks`` (numbers or names, default all) into ``figures``; print and return each one's seconds.
+
+    Starting points that are needed and absent are made first. Of the profiles that take hours a plan is printed; and of each
+    with ``only_plan``, after which nothing runs.
+    """
     import papermill  # slow to import
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its own reader of parameter cells warns wrongly
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # echoes each Ctrl-C at length
     root, seconds, overrides = repository(), {}, overrides or {}
-    for path, notebook, values in plan(root / "notebooks", profile, notebooks, overrides):
+    jobs = plan(root / "notebooks", profile, notebooks, overrides, only_plan)
+    points = list({config.name: config for *_, values in jobs for config in to_be_made(values)}.values())
+    if only_plan or profile in ("full", "gpu", "paper"):
+        print(cost_of(profile, jobs, points))
+    if only_plan:
+        return seconds
+    for config in points:
+        from dtlib.pretrain import pretrain  # slow to import
+        print(f"There is no starting point {config.name} yet: making it.")
+        pretrain(config)
+    for path, notebook, values in jobs:
         began, folder = time.time(), root / figures / profile / path.stem
         folder.mkdir(parents=True, exist_ok=True)
         copy, chosen = folder / "executed.ipynb", {name: values[name] for name in overrides if name in values}

@@ -215,10 +215,10 @@ def collect_game(game: Game, steps: int = 20_000, seed: int = 0, progress: bool 
                         "policy, at least 1 step and a seed from 0; of other games, load DQN-replay's data.")
     weights = np.array(json.loads(policy.read_text())["weights"])
     out = cache_root() / "data" / f"{game.name}-{steps}-seed{seed}-ale{ale_py.__version__}-{sha256(policy)[:8]}"
-    with locked(out), tqdm(desc=f"collecting {game.name}", total=steps, unit=" steps", disable=not progress) as bar:
+    with locked(out):
         if (out / "add_count_ckpt.0.gz").exists():  # the last to be written
             return out
-        rows, starts = [], [0]
+        bar, rows, starts = tqdm(desc=f"collecting {game.name}", total=steps, unit=" steps", disable=not progress), [], [0]
         while len(rows) < steps:
             generator = np.random.default_rng([seed, len(starts)])
             share = generator.uniform(0, 0.5)
@@ -226,6 +226,7 @@ def collect_game(game: Game, steps: int = 20_000, seed: int = 0, progress: bool 
                         lockstep(game, [generator], choose, sticky=True))
             starts.append(len(rows))
             bar.update(min(len(rows), steps) - bar.n)
+        bar.close()
         write_replay(out, Trajectories(out.name, *map(np.array, zip(*rows, strict=True)), np.array(starts)))
     return out
 
@@ -443,4 +444,4 @@ def fine_tuned_game(config: GameConfig, device: str = "auto", progress: bool = T
         with atomic_write(record) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
         state.unlink()
-    return found
+        return json.loads(record.read_text())

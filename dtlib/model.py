@@ -97,10 +97,15 @@ def starting_point(kind: str, size: str, seed: int, tokens: str = "") -> Path:
     return found[sorted(found)[seed % len(found)]]
 
 
+def made_size(kind: str, size: str) -> str:
+    """The size of the starting point beside models of ``size``: beside GPT-2 the papers put ImageGPT at its own size."""
+    return "imagegpt" if kind == "image" and size == "gpt2" else size
+
+
 def weights_folder(row: Initialisation, size: str, seed: int) -> Path | None:
     """Folder of a starting point's files, from the hub (downloaded if need be) if its row says so; None: random weights."""
-    if row.made:  # beside GPT-2 the papers put ImageGPT at its own size
-        return starting_point(row.made, "imagegpt" if row.made == "image" and size == "gpt2" else size, seed, row.tokens)
+    if row.made:
+        return starting_point(row.made, made_size(row.made, size), seed, row.tokens)
     if (weights := row.weights) is None or Path(weights).is_dir():
         return weights and Path(weights)
     from huggingface_hub import snapshot_download

@@ -56,11 +56,13 @@ class PretrainConfig:
     @classmethod
     def _check(cls, values: object, build: Callable) -> "PretrainConfig":
         config = checked(cls, values, build)
-        small = SIZES[config.size][1] <= 128
+        small = SIZES[config.size][1] <= 384
         own = {**(SMALL if small else LARGE), "steps": STEPS[config.kind] if small else 15_000,
                "corpus": {"language": "installed", "image": "photographs"}.get(config.kind, "")}
         if small and config.kind == "image":
             own |= {"sequence": 256, "batch_size": 8}  # 16 × 16 pixels
+        if config.size == "small":
+            own["learning_rate"] = 1e-3
         for name, value in own.items():
             if not getattr(config, name) and not (name == "steps" and config.tokens):
                 object.__setattr__(config, name, value)
@@ -252,8 +254,8 @@ def model_card(record: dict) -> str:
     table = "\n".join(f"| {name} | {loss:.4f} |" for name, loss in losses.items())
     return f"""# {config['kind']}, {config['size']}, seed {config['seed']}
 
-{data}, learnt by {blocks_of} blocks: {blocks} of width {width} with {heads} heads, from {record['tokens_seen']:,} tokens in \
-{config['steps']:,} steps ({record['seconds'] / 60:.0f} minutes on {record['device']}).
+{data}, learnt by {blocks_of} blocks: {blocks} of width {width} with {heads} head{'s' * (heads > 1)}, from \
+{record['tokens_seen']:,} tokens in {config['steps']:,} steps ({record['seconds'] / 60:.0f} minutes on {record['device']}).
 
     {record['command']}
 

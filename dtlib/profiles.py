@@ -20,21 +20,24 @@ AS_PAPER = dict(  # paper A's architecture, training and evaluation
     critic_steps=1000, full_size_correlations=[],
     # of paper B
     variants=EVERY_VARIANT, alignment_steps=15_000, cotraining_corpus="", game_context=0, game_batch_size=0, game_epochs=5,
-    game_updates=0, game_episodes=10)
+    game_updates=0, game_episodes=10,
+    # of size and amount
+    model_sizes=["chibit", "mini", "small", "gpt2"], amounts=["1M", "10M", "100M", ""])
 PROFILES: dict[str, dict[str, object]] = {
     "smoke": dict(dataset_steps=5_000, seeds=[0, 1], epochs=1, steps_per_epoch=3, batch_size=8, warmup_steps=2,
                   time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, windows=30, gradient_windows=20,
                   corrected_windows=150, critic_steps=10, mine_passes=5, full_size_correlations=[], delayed=True,
-                  variants=["alignment", "frozen blocks", "adapters", "extended positions"], alignment_steps=2,
+                  reset_which=["most"], variants=["alignment", "frozen blocks"], alignment_steps=2,
                   games=["pong"], game_steps=300, game_context=4, game_batch_size=4, game_epochs=1, game_updates=2,
                   game_episodes=1, game_horizon=30),
     "laptop": {},  # the notebooks' own defaults
-    "full": dict(tasks=ALL_TASKS, seeds=[0, 1, 2, 3, 4], unclipped=["image", "image-native"], reset_which=["most", "least"],
+    "full": dict(tasks=ALL_TASKS, unclipped=["image", "image-native"], reset_which=["most", "least"],
                  initialisations=["random", "language", "image", "random-matched", "image-native", "markov", "iid"],
                  control_hosts=["random-matched"],
                  control_donors=["language-shuffled", "language-rotated", "random-matched", "markov"],
                  variants=EVERY_VARIANT, sizes=["tiny", "chibit"], contexts=[5, 10], fractions=[0.01, 0.1], delayed=True,
-                 further_data=["collected:medium-replay", "collected:medium-expert"], games=["pong"]),
+                 further_data=["collected:medium-replay", "collected:medium-expert"], games=["pong"],
+                 model_sizes=["tiny", "chibit", "mini", "small"], amounts=["1M", ""]),
     "gpu": dict(AS_PAPER, dataset="collected:medium", seeds=[0, 1, 2], precision="bfloat16", games=["pong"],
                 game_steps=100_000, game_batch_size=128),
     "paper": dict(AS_PAPER, dataset="d4rl:medium", seeds=[666, 42], control_hosts=["random-matched"], control_donors=[],
@@ -74,13 +77,33 @@ def missing(profile: str, parameters: dict[str, object] | None = None) -> list[s
               "1/replay_logs)" for game in parameters.get("games", [])
               if str(folder) != "collected" and not (folder / game).is_dir()]
     starts = [model.get_initialisation(name) for name in parameters.get("initialisations", [])]
-    for kind in dict.fromkeys(row.made for row in starts if row.made):
-        try:
-            model.weights_folder(model.Initialisation(made=kind), parameters.get("size", "mini"), 0)
-        except UserError as error:
-            lacks.append(f"a starting point ({error})")
     for weights in dict.fromkeys(row.weights for row in starts):
         here = weights is None or Path(weights).is_dir() or try_to_load_from_cache(weights, "config.json")
         if not here and unreachable(f"{constants.ENDPOINT}/{weights}/resolve/main/config.json"):
             lacks.append(f"the weights {weights} (connect to the network once, or give their folder as the initialisation)")
     return lacks
+
+
+def to_be_made(parameters: dict[str, object]) -> list:
+    """PretrainConfigs of the starting points that a notebook with these ``parameters`` needs and this machine has not."""
+    from dtlib import model, pretrain
+    lists = {name: values for name, values in parameters.items() if isinstance(values, list)}
+    size = parameters.get("size", "mini")
+    starts = "initialisations", "control_donors", "control_hosts"
+    wanted = [(name, size) for names in starts for name in lists.get(names, [])]
+    wanted += [(name, other) for name in lists.get("scaled", []) for other in lists.get("sizes", [])]
+    wanted += [("-".join(filter(None, (kind, amount))), other) for kind in lists.get("pretrained", [])
+               for amount in lists.get("amounts", []) for other in lists.get("model_sizes", [])]
+    wanted += [(name, parameters["game_size"]) for name in lists.get("game_initialisations", []) if lists.get("games")]
+    found = {}
+    for name, own in wanted:
+        row = model.get_initialisation(name)
+        if row.made is None:
+            continue
+        try:
+            model.weights_folder(row, own, 0)
+        except UserError:
+            config = pretrain.PretrainConfig(row.made, model.made_size(row.made, own), tokens=row.tokens,
+                                             precision=parameters.get("precision", "float32"))
+            found[config.name] = config
+    return list(found.values())

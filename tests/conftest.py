@@ -15,7 +15,8 @@ torch.set_num_threads(1)  # as every run on a CPU has; faster for models this sm
 def pytest_collection_modifyitems(items):
     """Of two processes each takes whole files, but for the notebooks, half of all the work, which are divided."""
     for item in items:
-        slow = item.path.stem == "test_notebooks" and any(number in item.name for number in ("[02_", "[04_", "[07_", "[08_"))
+        other = ("[02_", "[04_", "[07_", "[08_", "[11_")
+        slow = item.path.stem == "test_notebooks" and any(number in item.name for number in other)
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{' 2' * slow}"))
 
 

@@ -204,6 +204,37 @@ def test_a_kernel_that_dies_is_an_error_that_names_the_notebook(repository):
         batch.run("laptop", ["00"])
 
 
+ASKING = """from dtlib import runs
+finished = runs.fine_tuned([runs.RunConfig(size=size, epochs=epochs, initialisation=name, seed=seed)
+                            for name in initialisations for seed in seeds], device=device)"""
+POINTS = """profile = "laptop"
+size = "tiny"
+epochs = 3
+seeds = [0, 1]
+initialisations = ["random", "markov-1k"]
+device = "cuda"
+"""
+
+
+def test_a_plan_counts_the_runs_and_runs_nothing(repository, capsys):
+    for name in ("00_first", "01_second"):  # both ask for the same
+        write_notebook(repository / "notebooks" / f"{name}.ipynb", "raise SystemExit", ASKING, parameters=POINTS)
+    before = sorted(repository.rglob("*"))
+    assert batch.run("laptop", None, {"seeds": "0,1,2"}, only_plan=True) == {}
+    assert "asks for 6 runs, 6 of them new, after 1 new starting points" in capsys.readouterr().out
+    assert sorted(repository.rglob("*")) == before
+
+
+def test_starting_points_that_are_absent_are_made_first(repository, monkeypatch):
+    from dtlib import pretrain
+    made = []
+    monkeypatch.setattr(pretrain, "pretrain", made.append)
+    write_notebook(repository / "notebooks" / "00_first.ipynb", "raise KeyError", parameters=POINTS.replace("cuda", "auto"))
+    with pytest.raises(UserError, match="KeyError"):
+        batch.run("laptop", ["00"])
+    assert made == [pretrain.PretrainConfig("markov", size="tiny", tokens="1k")]
+
+
 def test_each_profile_fits_the_real_notebooks():
     """Every name that a profile sets is a parameter of some notebook, of the right type."""
     try:

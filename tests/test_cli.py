@@ -62,8 +62,8 @@ def test_figures_passes_on_what_was_asked(call, monkeypatch):
     monkeypatch.setattr(batch, "run", lambda *arguments: asked.append(arguments))
     assert call("figures", "00", "03", "--profile", "smoke", "--set", "a=1", "--set", "b=x=y").exit_code == 0
     assert call("figures", "--figures", "elsewhere").exit_code == 0
-    assert asked[0] == ("smoke", ["00", "03"], {"a": "1", "b": "x=y"}, "figures")
-    assert asked[1][0] == "laptop" and not asked[1][1] and asked[1][2:] == ({}, "elsewhere")
+    assert asked[0] == ("smoke", ["00", "03"], {"a": "1", "b": "x=y"}, "figures", False)
+    assert asked[1][0] == "laptop" and not asked[1][1] and asked[1][2:] == ({}, "elsewhere", False)
 
 
 def test_an_interrupt_says_how_to_go_on(call, monkeypatch):

