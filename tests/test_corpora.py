@@ -169,7 +169,7 @@ def test_photographs(monkeypatch, tmp_path):
     """Red grows to the right only in the left four fifths, and downwards too in the right one."""
     right, down, picture = np.arange(100), np.arange(40)[:, None], np.zeros((40, 100, 3), np.uint8)
     picture[..., 0] = np.where(right < 80, 3 * right + 0 * down, 6 * (right - 80) + 3 * down)
-    monkeypatch.setattr(corpora, "load_sample_images", lambda: types.SimpleNamespace(images=[picture, picture]))
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: types.SimpleNamespace(images=[picture, picture]))
     monkeypatch.setattr(corpora, "COLOURS", 16)
     corpus, again = corpora.image("photographs", 64), corpora.image("photographs", 64)
     assert np.array_equal(again.held_out, corpus.held_out) and again.files == corpus.files and corpus.vocabulary == 16

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import io
+import json
 
 import ale_py
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Model
 
 from dtlib import games
+from dtlib.collect import POLICIES
 from dtlib.data import Trajectories
 from dtlib.errors import UserError
 from dtlib.model import build_model
@@ -286,3 +288,12 @@ def test_the_defaults_are_the_papers():
     config = games.GameConfig(game="pong")
     assert (config.context, config.batch_size, config.target_return, config.size) == (50, 512, 20.0, "atari")
     assert games.GameConfig(game="seaquest").batch_size == 128
+
+
+def test_the_shipped_policy_plays_better_than_chance():
+    policy = json.loads((POLICIES / "pong" / "policy.json").read_text())
+    assert policy["episodes"] == 10 and policy["score_mean"] > PONG.reference[0]
+    weights, generators = np.tile(policy["weights"], (4, 1)), [np.random.default_rng([7, e]) for e in range(4)]
+    played = games.lockstep(PONG, generators, lambda *seen: games.pong_actions(weights, *seen[:2]), sticky=True, horizon=400)
+    points = sum((rewards * running).sum() for _, _, rewards, running in played)
+    assert points > -4  # in as many steps random actions lose every rally: 4 games of about 8 points each

@@ -47,15 +47,15 @@ def trained(tmp_path_factory):
                "image": PretrainConfig("image", "chibit", **TINY | {"sequence": 16})}
     pictures = np.random.default_rng(0).integers(256, size=(2, 20, 40, 3)).astype(np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "load_sample_images", lambda: types.SimpleNamespace(images=list(pictures)))
+        patch.setattr("sklearn.datasets.load_sample_images", lambda: types.SimpleNamespace(images=list(pictures)))
         patch.setattr(corpora, "COLOURS", 8)
         return {kind: (pretrain.pretrain(config, root / kind, "cpu", False), config) for kind, config in configs.items()}
 
 
 def test_a_config_takes_its_sizes_own_values_and_refuses_others():
     assert vars(PretrainConfig("image")) == dict(
-        kind="image", size="mini", seed=0, corpus="photographs", vocabulary=2048, sequence=256, steps=2500, batch_size=8,
-        learning_rate=2e-3, weight_decay=0.01, precision="float32")
+        kind="image", size="mini", seed=0, corpus="photographs", vocabulary=2048, sequence=256, tokens="", steps=2500,
+        batch_size=8, learning_rate=2e-3, weight_decay=0.01, precision="float32")
     large = PretrainConfig("language", "gpt2", steps=7)
     assert (large.corpus, large.vocabulary, large.sequence, large.steps) == ("installed", 16_384, 1024, 7)
     assert (large.batch_size, large.learning_rate) == (64, 3e-4) and MARKOV.name == "markov-chibit-seed0"
@@ -255,11 +255,12 @@ def test_a_shipped_starting_point_is_what_its_record_says(folder, monkeypatch):
     assert pretrain.held_out_loss(network, held_out[:64]) == pytest.approx(record["curve"][-1]["held_out_loss"], abs=5e-3)
     assert losses["uniform"] == pytest.approx(np.log(network.lm_head.out_features))
     if config.kind == "language":
-        assert losses["model"] < losses["bigram"] - 0.3 and losses["bigram"] < losses["unigram"]
+        assert losses["model"] < losses["bigram"] - (0.1 if config.size == "tiny" else 0.3)
+        assert losses["bigram"] < losses["unigram"]
     elif config.kind == "image":
         palette = np.array(json.loads((folder / "preprocessor_config.json").read_text())["clusters"])
         nearest = types.SimpleNamespace(cluster_centers_=palette, predict=lambda pixels: cKDTree(palette).query(pixels)[1])
-        monkeypatch.setattr(corpora, "KMeans", lambda *a, **k: types.SimpleNamespace(fit=lambda pixels: nearest))
+        monkeypatch.setattr("sklearn.cluster.KMeans", lambda *a, **k: types.SimpleNamespace(fit=lambda pixels: nearest))
         corpus = corpora.image(config.corpus, config.sequence)
         assert np.array_equal(corpus.held_out, held_out) and corpus.facts == record["corpus"]
         assert corpus.baselines() == pytest.approx({name: loss for name, loss in losses.items() if name != "model"}, abs=1e-6)
