@@ -27,12 +27,12 @@ from dtlib.train import make_optimiser, train_epoch
 HERE = Path(__file__).parent
 STEPS = [("tiny", 20, 16), ("mini", 20, 4), ("mini", 20, 16), ("mini", 20, 64), ("mini", 5, 16), ("mini", 1, 16),
          ("mini", 1, 64), ("chibit", 20, 16), ("small", 20, 4), ("small", 1, 64), ("gpt2", 20, 1)]
-ROLLOUTS = [("hopper", "tiny", 1, 2), ("hopper", "mini", 1, 8), ("hopper", "mini", 20, 2), ("hopper", "mini", 20, 8),
-            ("halfcheetah", "mini", 1, 8), ("halfcheetah", "mini", 20, 8), ("walker2d", "mini", 1, 20),
-            ("hopper", "small", 20, 4)]
+ROLLOUTS = [("hopper", "tiny", 1, 2), ("hopper", "tiny", 1, 100), ("halfcheetah", "tiny", 1, 100), ("hopper", "mini", 1, 8),
+            ("hopper", "mini", 20, 2), ("hopper", "mini", 20, 8), ("halfcheetah", "mini", 1, 8),
+            ("halfcheetah", "mini", 20, 8), ("walker2d", "mini", 1, 20), ("hopper", "small", 20, 4)]
 
 
-def measured(repeats: int = 3) -> list[tuple[cost.Work, float]]:
+def measured(repeats: int = 10) -> list[tuple[cost.Work, float]]:
     """Work and seconds of training steps and rollouts on one thread."""
     torch.set_num_threads(1)
     hopper = get_task("hopper")
@@ -49,7 +49,7 @@ def measured(repeats: int = 3) -> list[tuple[cost.Work, float]]:
     for name, size, context, episodes in ROLLOUTS:
         task = get_task(name)
         model, zeros = build_model("random-matched", size, task, 0), np.zeros(task.state_dim, np.float32)
-        for horizon in (5, 60):
+        for horizon in (5, 150):
             began = time.perf_counter()
             ended = rollout(model, task, zeros, zeros + 1, target_return=task.targets[0], episodes=episodes, context=context,
                             seed=0, horizon=horizon)
@@ -71,7 +71,7 @@ def checked(machine: cost.Machine) -> pd.DataFrame:
     rows = []
     for path in sorted(runs.runs_root().glob("*-K*")):
         run = runs.Run.open(path)
-        if run.record["provenance"]["device"] == os.uname().machine:
+        if run.record["provenance"]["device"] == os.uname().machine and not run.config.cotraining:  # texts are not counted
             works = cost.of_run(run.config, [row["lengths"] for row in run.metrics])
             for part, work in zip(("training", "evaluation"), works, strict=True):
                 rows.append({"run": path.name, "size": run.config.size, "K": run.config.context, "part": part,
@@ -101,7 +101,7 @@ def main() -> None:
     table.to_csv(HERE / "cost.csv", index=False, float_format="%.4g")
     for part, own in table.groupby("part", sort=False):
         print(f"{part}: predicted / taken {own.ratio.median():.2f} (median of {len(own)}); within 30 %: "
-              f"{(own.ratio.between(1 / 1.3, 1.3)).mean():.0%}")
+              f"{own.ratio.between(0.7, 1.3).mean():.0%}")
     draw(table)
 
 

@@ -53,7 +53,7 @@ def curve(sampler: data.WindowSampler, starts: torch.Tensor, plain: bool, dropou
         torch.nn.utils.clip_grad_norm_(model.parameters(), RATE["gradient_clip"])
         optimiser.param_groups[0]["lr"] = RATE["learning_rate"] * min((step + 1) / RATE["warmup_steps"], 1)
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 

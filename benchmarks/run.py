@@ -279,7 +279,7 @@ def draw_parts(table: pd.DataFrame) -> None:
         ax.barh(np.arange(len(shares)), shares[part], left=left, color=plots.COLOURS[name], label=part)
         left += shares[part].to_numpy()
     ax.set_yticks(np.arange(len(shares)), shares.index)
-    ax.set_xlabel(f"seconds of one laptop run, 600 steps and 4 evaluations of 10 episodes ({DEVICE})")
+    ax.set_xlabel(f"seconds of one laptop run, 600 steps and 4 evaluations of 8 episodes ({DEVICE})")
     ax.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(HERE / "parts.png", dpi=200)
@@ -338,7 +338,7 @@ def main() -> None:
             whole_run(f"10 × 100 steps, 11 evaluations, K = {context}", size=SIZE, context=context, epochs=10,
                       steps_per_epoch=100, warmup_steps=100, evaluation_episodes=20)
         laptop = dict(size="mini", epochs=3, steps_per_epoch=200, warmup_steps=50, learning_rate_decay=True,
-                      dropout=(0.0, 0.0, 0.0), time_embedding_std=0.02, evaluation_episodes=10)
+                      dropout=(0.0, 0.0, 0.0), time_embedding_std=0.02, evaluation_episodes=8)
         ends = [whole_run("one run of notebook 00, laptop profile", batch_size=16, learning_rate=1e-3, **laptop),
                 whole_run("one run of notebook 05, laptop profile", context=1, batch_size=64, learning_rate=3e-4, **laptop)]
         table_of_parts = pd.DataFrame([row for run in ends for row in parts(trajectories, run)])

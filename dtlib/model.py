@@ -97,7 +97,7 @@ def starting_point(kind: str, size: str, seed: int, tokens: str = "") -> Path:
     return found[sorted(found)[seed % len(found)]]
 
 
-def made_size(kind: str, size: str) -> str:
+def made_size(kind: str | None, size: str) -> str:
     """The size of the starting point beside models of ``size``: beside GPT-2 the papers put ImageGPT at its own size."""
     return "imagegpt" if kind == "image" and size == "gpt2" else size
 
@@ -132,8 +132,10 @@ def _digest(path: Path, modified: int) -> str:
 
 def number_of_blocks(initialisation: str, size: str, seed: int) -> int:
     """How many blocks a starting point has: ``size``'s, or those that its weights bring."""
-    folder = weights_folder(get_initialisation(initialisation), size, seed)
-    return SIZES[size][0] if folder is None else read_config(folder)["n_layer"]
+    row = get_initialisation(initialisation)
+    if row.weights is None:
+        return SIZES[made_size(row.made, size)][0]
+    return read_config(weights_folder(row, size, seed))["n_layer"]
 
 
 def read_config(folder: Path) -> dict:

@@ -68,8 +68,8 @@ def test_a_runs_work_adds_up():
     config = RunConfig(size="mini", epochs=2, steps_per_epoch=5, context=4, batch_size=8, evaluation_episodes=3)
     training, evaluation = cost.of_run(config, [np.array([10, 20]), np.array([30])])
     assert training == pytest.approx(cost.step("mini", 4, 8).times(10))
-    assert evaluation == pytest.approx(
-        cost.rollouts("hopper", "mini", 4, np.array([10, 20])).plus(cost.rollouts("hopper", "mini", 4, np.array([30]))))
+    assert evaluation == pytest.approx(cost.rollouts("hopper", "mini", 4, np.array([10, 20])).plus(
+        cost.rollouts("hopper", "mini", 4, np.array([30]))).plus(cost.forward("mini", 4, 512).times(2)))
     assert [lengths.tolist() for lengths in cost.expected_lengths(config)] == [[30] * 3, [500] * 3, [500] * 3]
     machine = cost.Machine("one", True, (1.0, 10.0, 100.0, 1000.0, 10_000.0))
     assert machine.seconds(cost.Work(1, 2, 3, 4, 5)) == 1 + 20 + 300 + 4000 + 50_000
