@@ -30,7 +30,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from tqdm import tqdm
 
-from dtlib import data, plots, runs
+from dtlib import cost, data, plots, runs
 from dtlib.collect import collect
 from dtlib.evaluate import rollout
 from dtlib.model import SIZES, build_model
@@ -121,18 +121,6 @@ def matrix_peak(precision: str) -> float:
     return 2 * n**3 / seconds(lambda: a @ a, 5)
 
 
-def operations(context: int, batch: int = 64) -> float:
-    """Of the matrix products in a training step of ours: three times the forward pass's. The last action is no token, and the
-    last block computes, after its keys and values, state tokens only."""
-    blocks, width, _ = SIZES[SIZE]
-    tokens = 3 * context - 1
-
-    def block(wanted: int) -> int:
-        return 6 * tokens * width**2 + wanted * (18 * width**2 + 4 * tokens * width)
-
-    return 3 * batch * ((blocks - 1) * block(tokens) + block(context))
-
-
 def training(trajectories: data.Trajectories) -> None:
     """A step against three other ways to make it."""
     peaks = {precision: matrix_peak(precision) for precision in PRECISIONS}
@@ -147,11 +135,12 @@ def training(trajectories: data.Trajectories) -> None:
             others["d3rlpy"] = d3rlpy_step_time(trajectories, context, repeats)
         except ModuleNotFoundError as error:
             tqdm.write(f"d3rlpy is left out: {error}")
+        products = cost.step(SIZE, context, 64).operations
         for precision in PRECISIONS:
             ours = step_time(trajectories, context, precision=precision, repeats=repeats)
             for name, plain in others.items():
                 record(f"training step, K = {context}, {precision}", 1e3 * ours, "ms", 1e3 * plain, name)
-            record(f"  its share of the {precision} matrix peak", 100 * operations(context) / ours / peaks[precision], "%")
+            record(f"  its share of the {precision} matrix peak", 100 * products / ours / peaks[precision], "%")
 
 
 def physics(threads: int, count: int = 100, steps: int = 150) -> None:

@@ -18,14 +18,14 @@ from pydantic import TypeAdapter, ValidationError
 from dtlib.errors import UserError, no_room
 from dtlib.plots import repository
 from dtlib.profiles import PROFILES, missing, to_be_made
-from dtlib.workers import Workers
 
 
 def convert(name: str, value: object, default: object) -> object:
     """``value`` in the type of ``default`` (None: any): ints pass for floats, text is read, a list's also bare."""
-    if default is None:
+    if default is None or (isinstance(default, dict) and isinstance(value, str)):
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            return ast.literal_eval(value)
+            value = ast.literal_eval(value)
+    if default is None:
         return value
     if isinstance(default, list) and isinstance(value, str) and value:
         value = [item.strip(" '\"") for item in value.strip(" []()").split(",") if item.strip()]
@@ -110,9 +110,10 @@ def asked_for(notebook: nbformat.NotebookNode, values: dict[str, object]) -> lis
 def cost_of(profile: str, jobs: list[tuple], points: list) -> str:
     """What ``cost.say_plan`` says of the runs that ``jobs`` ask for."""
     from dtlib import cost, runs  # slow to import
+    from dtlib.workers import Workers
     with Workers(1, "run the notebooks one by one") as pool:
         given = [pool.submit(asked_for, notebook, values) for _, notebook, values in jobs]
-        asked = list({config.name: config for future in given for config in future.result()}.values())
+        asked = list(dict.fromkeys(config for future in given for config in future.result()))
     return cost.say_plan(profile, asked, [c for c in asked if not (runs.runs_root() / c.name).exists()], points)
 
 
@@ -128,7 +129,7 @@ def run(profile: str, notebooks: list | None = None, overrides: dict | None = No
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # echoes each Ctrl-C at length
     root, seconds, overrides = repository(), {}, overrides or {}
     jobs = plan(root / "notebooks", profile, notebooks, overrides, only_plan)
-    points = list({config.name: config for *_, values in jobs for config in to_be_made(values)}.values())
+    points = list(dict.fromkeys(config for *_, values in jobs for config in to_be_made(values)))
     if only_plan or profile in ("full", "gpu", "paper"):
         print(cost_of(profile, jobs, points))
     if only_plan:

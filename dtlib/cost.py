@@ -4,6 +4,7 @@ The rates of a machine that is at hand are fitted to measured steps and rollouts
 against finished runs); those of other machines are assumed from data sheets, and what follows from them is a prediction.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,8 +20,6 @@ from dtlib.tasks import get_task
 PASSES = 26  # values of the model's width that a token reads and writes in a block's forward pass, beside matrix products
 KERNELS = 30  # started by a block's forward pass
 KEPT = 16  # values of the model's width that the backward pass needs of a token in a block, attention being fused
-DEGREES = {"hopper": 6, "halfcheetah": 9, "walker2d": 9}  # of freedom
-SUBSTEPS = {"hopper": 4, "halfcheetah": 5, "walker2d": 4}  # of the simulation in an environment step
 
 
 class Work(NamedTuple):
@@ -43,31 +42,29 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds that each unit of ``Work`` takes in a run, how many runs go on ``side_by_side``, and ``memory`` in GB."""
+    """Seconds that each unit of ``Work`` takes in a run, and how many runs go on ``side_by_side``."""
 
     name: str
     measured: bool
     rates: tuple[float, float, float, float, float]  # as the fields of Work
     side_by_side: int = 1
-    memory: float = 0.0
 
     def seconds(self, work: Work) -> float:
         return float(np.dot(work, self.rates))
 
 
-def _card(name: str, operations: float, moved: float, memory: float) -> Machine:
+def _card(name: str, operations: float, moved: float) -> Machine:
     """A card by its data sheet: dense bfloat16 operations and bytes a second, 40 % and 60 % of which are assumed reached.
 
     A kernel is assumed to take 8 µs to start; physics runs in 8 threads of a processor like the measured one.
     """
-    return Machine(name, False, (1 / (0.4 * operations), 1 / (0.6 * moved), 8e-6, MEASURED.rates[3] / 8, MEASURED.rates[4]),
-                   1, memory)
+    return Machine(name, False, (1 / (0.4 * operations), 1 / (0.6 * moved), 8e-6, MEASURED.rates[3] / 8, MEASURED.rates[4]))
 
 
 # Fitted by benchmarks/cost.py, both cores being busy.
-MEASURED = Machine("laptop (2 cores of a shared 2.5 GHz Xeon)", True, (6.4e-12, 1.4e-10, 1.84e-5, 1.59e-6, 3.94e-4), 2, 24)
-MACHINES = [MEASURED, _card("consumer card (RTX 4090)", 165e12, 1.0e12, 24),
-            _card("data-centre card (H100)", 989e12, 3.35e12, 80)]
+MEASURED = Machine("laptop (2 cores of a shared 2.5 GHz Xeon)", True, (6.4e-12, 1.4e-10, 1.84e-5, 1.59e-6, 3.94e-4), 2)
+MACHINES = [MEASURED, _card("consumer card (RTX 4090)", 165e12, 1.0e12),
+            _card("data-centre card (H100)", 989e12, 3.35e12)]
 
 
 def parameters(size: str) -> float:
@@ -100,7 +97,14 @@ def rollouts(task: str, size: str, context: int, lengths: np.ndarray) -> Work:
     """Of episodes in lockstep, by their ``lengths`` (E,)."""
     one = forward(size, context, float(np.sum(lengths)), wanted=1)
     return one._replace(kernels=one.kernels * np.max(lengths), rounds=np.max(lengths),
-                        physics=np.sum(lengths) * SUBSTEPS[task] * DEGREES[task])
+                        physics=np.sum(lengths) * _physics(task))
+
+
+@functools.cache
+def _physics(task: str) -> int:
+    """Substeps of the simulation in an environment step, times degrees of freedom."""
+    environment = get_task(task).make_environment().unwrapped
+    return environment.frame_skip * environment.model.nv
 
 
 def expected_lengths(config: RunConfig) -> list[np.ndarray]:

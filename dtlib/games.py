@@ -391,6 +391,30 @@ def game_optimiser(model: GameTransformer, learning_rate: float) -> torch.optim.
                              lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
+def train_game_epoch(model: GameTransformer, optimiser: torch.optim.Optimizer, sampler: ScreenSampler, starts: Tensor, *,
+                     first_step: int, total_steps: int, learning_rate: float, warmup_steps: int,
+                     on_step: Callable[[], None]) -> float:
+    """``train_epoch`` for games: a step per row of ``starts`` (steps, B), gradients clipped at norm 1; the mean loss.
+
+    The learning rate grows linearly over ``warmup_steps``, and falls along a cosine to a tenth [code].
+    """
+    model.train()
+    total = torch.zeros((), device=starts.device)
+    for step, row in enumerate(starts, first_step):
+        falling = max(0.1, 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / warmup_steps, falling)
+        windows = sampler.windows(row)
+        loss = game_loss(predict(model, windows), windows)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        total += loss.detach()
+        on_step()
+    return float(total / len(starts))
+
+
 def fine_tuned_game(config: GameConfig, device: str = "auto", progress: bool = True) -> dict:
     """The record of ``config``'s run: config, metrics, versions; trained if absent, from its last finished epoch.
 
@@ -398,50 +422,42 @@ def fine_tuned_game(config: GameConfig, device: str = "auto", progress: bool = T
     for each episode). The weights of the last epoch lie beside the record.
     """
     final, device = cache_root() / "games" / config.name, choose_device(device)
-    record, state = final / "run.json", final / "resume.safetensors"
     with locked(final):
-        if record.exists():
-            return json.loads(record.read_text())
-        game, trajectories = get_game(config.game), config.load_data(progress)
-        sampler = ScreenSampler(trajectories, config.context, device)
-        model = GameTransformer(config.initialisation, config.size, game, config.seed, context=config.context,
-                                horizon=int(trajectories.lengths.max())).to(device)
-        optimiser, metrics = game_optimiser(model, config.learning_rate), []
-        if state.exists():
-            metrics = load_state(state, model, optimiser)["metrics"]
-        per_epoch = config.steps_per_epoch or -(-sampler.number_of_steps // config.batch_size)
-        total = config.epochs * per_epoch
-        with tqdm(total=total, initial=max(len(metrics) - 1, 0) * per_epoch, desc=config.name, unit="step",
-                  disable=not progress) as bar, torch.random.fork_rng(range(torch.cuda.device_count())):
-            for epoch in range(len(metrics), config.epochs + 1):
-                losses = []
-                if epoch > 0:
-                    torch.manual_seed(stream_seed(config.seed, "dropout", epoch))
-                    generator = torch.Generator().manual_seed(stream_seed(config.seed, "batches", epoch))
-                    starts = torch.randint(sampler.number_of_steps, (per_epoch, config.batch_size), generator=generator)
-                    model.train()
-                    for i, row in enumerate(starts.to(device), (epoch - 1) * per_epoch):
-                        falling = max(0.1, 0.5 * (1 + math.cos(math.pi * i / total)))  # [code]
-                        for group in optimiser.param_groups:
-                            group["lr"] = config.learning_rate * min((i + 1) / config.warmup_steps, falling)
-                        windows = sampler.windows(row)
-                        loss = game_loss(predict(model, windows), windows)
-                        optimiser.zero_grad()
-                        loss.backward()
-                        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                        optimiser.step()
-                        losses.append(loss.detach())
-                        bar.update()
-                played = play(model, game, target_return=config.target_return, episodes=config.evaluation_episodes,
-                              seed=stream_seed(config.seed, "evaluation of epoch", epoch), horizon=config.horizon)
-                metrics.append({"step": epoch * per_epoch, "loss": float(torch.stack(losses).mean()) if losses else None,
-                                "scores": played.returns.tolist(), "lengths": played.lengths.tolist()})
-                save_state(state, model, optimiser, {"metrics": metrics})
-        with atomic_write(final / "model.safetensors") as temporary:
-            save_file(model.state_dict(), temporary)
-        found = {"config": dataclasses.asdict(config), "metrics": metrics,
-                 "versions": {**versions(), "ale-py": ale_py.__version__}}
-        with atomic_write(record) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
-        state.unlink()
-        return json.loads(record.read_text())
+        if not (final / "run.json").exists():
+            _train_game(config, final, device, progress)
+    return json.loads((final / "run.json").read_text())
+
+
+def _train_game(config: GameConfig, folder: Path, device: str, progress: bool) -> None:
+    state = folder / "resume.safetensors"
+    game, trajectories = get_game(config.game), config.load_data(progress)
+    sampler = ScreenSampler(trajectories, config.context, device)
+    model = GameTransformer(config.initialisation, config.size, game, config.seed, context=config.context,
+                            horizon=int(trajectories.lengths.max())).to(device)
+    optimiser = game_optimiser(model, config.learning_rate)
+    metrics = load_state(state, model, optimiser)["metrics"] if state.exists() else []
+    per_epoch = config.steps_per_epoch or -(-sampler.number_of_steps // config.batch_size)
+    total = config.epochs * per_epoch
+    with tqdm(total=total, initial=max(len(metrics) - 1, 0) * per_epoch, desc=config.name, unit="step",
+              disable=not progress) as bar, torch.random.fork_rng(range(torch.cuda.device_count())):
+        for epoch in range(len(metrics), config.epochs + 1):
+            loss, step = None, epoch * per_epoch
+            if epoch > 0:
+                torch.manual_seed(stream_seed(config.seed, "dropout", epoch))
+                generator = torch.Generator().manual_seed(stream_seed(config.seed, "batches", epoch))
+                starts = torch.randint(sampler.number_of_steps, (per_epoch, config.batch_size), generator=generator)
+                loss = train_game_epoch(model, optimiser, sampler, starts.to(device), first_step=step - per_epoch,
+                                        total_steps=total, learning_rate=config.learning_rate,
+                                        warmup_steps=config.warmup_steps, on_step=bar.update)
+            played = play(model, game, target_return=config.target_return, episodes=config.evaluation_episodes,
+                          seed=stream_seed(config.seed, "evaluation of epoch", epoch), horizon=config.horizon)
+            metrics.append({"step": step, "loss": loss, "scores": played.returns.tolist(),
+                            "lengths": played.lengths.tolist()})
+            save_state(state, model, optimiser, {"metrics": metrics})
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file(model.state_dict(), temporary)
+    record = {"config": dataclasses.asdict(config), "metrics": metrics,
+              "versions": {**versions(), "ale-py": ale_py.__version__}}
+    with atomic_write(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    state.unlink()

@@ -88,7 +88,7 @@ class Output:
 
     def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:
         """Write ``name``.png (200 dpi), .pdf and .csv (the numbers shown), the same bytes for the same figure; show it."""
-        figure.draw_without_rendering()  # the layout is found once, not for each file and for the screen again
+        figure.draw_without_rendering()  # the layout is found once, not for each file
         figure.set_layout_engine("none")
         for suffix in ("png", "pdf"):
             with atomic_write(self.folder / f"{name}.{suffix}") as path:  # without the date that a PDF would carry

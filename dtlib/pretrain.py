@@ -57,21 +57,22 @@ class PretrainConfig:
     def _check(cls, values: object, build: Callable) -> "PretrainConfig":
         config = checked(cls, values, build)
         small = SIZES[config.size][1] <= 384
-        own = {**(SMALL if small else LARGE), "steps": STEPS[config.kind] if small else 15_000,
+        own = {**(SMALL if small else LARGE),
                "corpus": {"language": "installed", "image": "photographs"}.get(config.kind, "")}
         if small and config.kind == "image":
             own |= {"sequence": 256, "batch_size": 8}  # 16 × 16 pixels
         if config.size == "small":
             own["learning_rate"] = 1e-3
         for name, value in own.items():
-            if not getattr(config, name) and not (name == "steps" and config.tokens):
+            if not getattr(config, name):
                 object.__setattr__(config, name, value)
+        steps = config.steps or (STEPS[config.kind] if small else 15_000)
         if config.tokens:
             amount = int(config.tokens[:-1]) * {"k": 10**3, "M": 10**6, "B": 10**9}[config.tokens[-1]]
             steps = max(1, round(amount / config.batch_size / config.sequence))
             if config.steps not in (None, steps):
                 raise UserError(f"tokens={config.tokens} are {steps} steps here, not {config.steps}: leave out one of them.")
-            object.__setattr__(config, "steps", steps)
+        object.__setattr__(config, "steps", steps)
         return config
 
     @property

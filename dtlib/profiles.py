@@ -19,8 +19,7 @@ AS_PAPER = dict(  # paper A's architecture, training and evaluation
     steps_back=list(range(20)), mine_width=400, mine_passes=1000, mine_learning_rate=1e-4, corrected_windows=6000,
     critic_steps=1000, full_size_correlations=[],
     # of paper B
-    variants=EVERY_VARIANT, alignment_steps=15_000, cotraining_corpus="", game_context=0, game_batch_size=0, game_epochs=5,
-    game_updates=0, game_episodes=10,
+    variants=EVERY_VARIANT, alignment_steps=15_000, cotraining_corpus="", game_settings={},
     # of size and amount
     model_sizes=["chibit", "mini", "small", "gpt2"], amounts=["1M", "10M", "100M", ""])
 PROFILES: dict[str, dict[str, object]] = {
@@ -28,8 +27,8 @@ PROFILES: dict[str, dict[str, object]] = {
                   time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, windows=30, gradient_windows=20,
                   corrected_windows=150, critic_steps=10, mine_passes=5, full_size_correlations=[], delayed=True,
                   reset_which=["most"], variants=["alignment", "frozen blocks"], alignment_steps=2,
-                  games=["pong"], game_steps=300, game_context=4, game_batch_size=4, game_epochs=1, game_updates=2,
-                  game_episodes=1, game_horizon=30),
+                  games=["pong"], game_settings=dict(size="mini", data_steps=300, context=4, batch_size=4, epochs=1,
+                                                     steps_per_epoch=2, evaluation_episodes=1, horizon=30)),
     "laptop": {},  # the notebooks' own defaults
     "full": dict(tasks=ALL_TASKS, unclipped=["image", "image-native"], reset_which=["most", "least"],
                  initialisations=["random", "language", "image", "random-matched", "image-native", "markov", "iid"],
@@ -39,12 +38,13 @@ PROFILES: dict[str, dict[str, object]] = {
                  further_data=["collected:medium-replay", "collected:medium-expert"], games=["pong"],
                  model_sizes=["tiny", "chibit", "mini", "small"], amounts=["1M", ""]),
     "gpu": dict(AS_PAPER, dataset="collected:medium", tasks=["hopper"], seeds=[0, 1], precision="bfloat16",
-                variants=["both losses", "frozen blocks"], games=["pong"], game_steps=100_000, game_batch_size=128,
+                variants=["both losses", "frozen blocks"], games=["pong"],
+                game_settings=dict(size="mini", data_steps=100_000, batch_size=128),
                 model_sizes=["mini", "gpt2"], amounts=["10M", ""]),
     "paper": dict(AS_PAPER, dataset="d4rl:medium", seeds=[666, 42], control_hosts=["random-matched"], control_donors=[],
                   initialisations=["random", "gpt2", "igpt", "random-matched", "igpt-native"], unclipped=["igpt"],
-                  games=["breakout", "qbert", "pong", "seaquest"], game_data="dqn-replay", game_steps=500_000,
-                  game_size="atari", game_initialisations=["random-matched", "gpt2"]),
+                  games=["breakout", "qbert", "pong", "seaquest"], game_data="dqn-replay",
+                  game_initialisations=["random-matched", "gpt2"]),
 }
 HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
 
@@ -88,23 +88,25 @@ def missing(profile: str, parameters: dict[str, object] | None = None) -> list[s
 def to_be_made(parameters: dict[str, object]) -> list:
     """PretrainConfigs of the starting points that a notebook with these ``parameters`` needs and this machine has not."""
     from dtlib import model, pretrain
-    lists = {name: values for name, values in parameters.items() if isinstance(values, list)}
-    size = parameters.get("size", "mini")
-    starts = "initialisations", "control_donors", "control_hosts"
-    wanted = [(name, size) for names in starts for name in lists.get(names, [])]
-    wanted += [(name, other) for name in lists.get("scaled", []) for other in lists.get("sizes", [])]
-    wanted += [("-".join(filter(None, (kind, amount))), other) for kind in lists.get("pretrained", [])
-               for amount in lists.get("amounts", []) for other in lists.get("model_sizes", [])]
-    wanted += [(name, parameters["game_size"]) for name in lists.get("game_initialisations", []) if lists.get("games")]
-    found = {}
-    for name, own in wanted:
+
+    def pairs(names: str, sizes: list[str]) -> list[tuple[str, str]]:
+        return [(name, size) for name in parameters.get(names, []) for size in sizes]
+
+    own, found = [parameters.get("size", "mini")], []
+    amounts = [f"-{amount}" * bool(amount) for amount in parameters.get("amounts", [])]
+    wanted = [pair for names in ("initialisations", "control_donors", "control_hosts") for pair in pairs(names, own)]
+    wanted += pairs("scaled", parameters.get("sizes", []))
+    wanted += [(kind + amount, size) for kind, size in pairs("pretrained", parameters.get("model_sizes", []))
+               for amount in amounts]
+    if parameters.get("games"):
+        wanted += pairs("game_initialisations", [parameters["game_settings"].get("size", "atari")])
+    for name, size in wanted:
         row = model.get_initialisation(name)
         if row.made is None:
             continue
         try:
-            model.weights_folder(row, own, 0)
+            model.weights_folder(row, size, 0)
         except UserError:
-            config = pretrain.PretrainConfig(row.made, model.made_size(row.made, own), tokens=row.tokens,
-                                             precision=parameters.get("precision", "float32"))
-            found[config.name] = config
-    return list(found.values())
+            found.append(pretrain.PretrainConfig(row.made, model.made_size(row.made, size), tokens=row.tokens,
+                                                 precision=parameters.get("precision", "float32")))
+    return found

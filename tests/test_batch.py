@@ -18,7 +18,8 @@ epochs = 3
 learning_rate = 1e-3
 fast = False
 size = "mini"
-limit = None"""
+limit = None
+more = {"a": 0}"""
 
 
 def write_notebook(path, *cells, parameters=PARAMETERS, figures=()):
@@ -47,7 +48,7 @@ def plan(repository, profile="laptop", wanted=None, **overrides):
     (dict(profile="desktop"), "Unknown profile 'desktop': the profiles are smoke, laptop, full, gpu, paper"),
     (dict(wanted=["first"]), "Unknown notebook 'first': the notebooks are 00_first, 01_second"),
     (dict(wanted=["00", "7"]), "Unknown notebook '7'"),
-    (dict(epoch=2), "'epoch': the parameters are epochs, fast, learning_rate, limit, seeds, size, tasks, width"),
+    (dict(epoch=2), "'epoch': the parameters are epochs, fast, learning_rate, limit, more, seeds, size, tasks, width"),
     (dict(wanted=["00"], width=2), "Unknown parameter 'width'"),
     (dict(profile="laptop", epochs="many"), "epochs got 'many': expected int, such as 3"),
     (dict(epochs=2.5), "epochs got 2.5: expected int"),
@@ -60,6 +61,7 @@ def plan(repository, profile="laptop", wanted=None, **overrides):
     (dict(seeds=3), "seeds got 3: expected list"),
     (dict(seeds="0,one"), "seeds got 'one': expected int"),
     (dict(size=3), "size got 3: expected str"),
+    (dict(more="{a"), "more got '{a': expected dict"),
 ])
 def test_wrong_names_and_values_are_one_clear_line_and_leave_nothing(repository, arguments, message):
     before = sorted(repository.rglob("*"))
@@ -82,6 +84,7 @@ def test_the_profile_is_no_parameter(repository):
     ("tasks", "hopper", ["hopper"]), ("tasks", "[hopper, walker2d]", ["hopper", "walker2d"]),
     ("tasks", "['hopper', 'walker2d']", ["hopper", "walker2d"]), ("fast", "true", True), ("fast", "False", False),
     ("size", "12", "12"), ("limit", "5", 5), ("limit", "some", "some"), ("limit", None, None),
+    ("more", "{'a': 1}", {"a": 1}),
 ])
 def test_text_takes_the_type_of_the_default(repository, name, value, expected):
     values = plan(repository, wanted=["00"], **{name: value})[0][2]

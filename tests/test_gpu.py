@@ -26,9 +26,9 @@ def sampler(hopper_file, device, context=20):
     return data.WindowSampler(data.load(str(hopper_file), HOPPER), context, HOPPER.return_scale, device)
 
 
-def losses(hopper_file, device, context=20, precision="float32", size="mini", steps=50):
+def losses(hopper_file, device, context=20, precision="float32", steps=50):
     """The loss of each of the first ``steps`` steps."""
-    model = build_model("language", size, HOPPER, 0, NO_DROPOUT, 0.02).to(device)
+    model = build_model("language", "mini", HOPPER, 0, NO_DROPOUT, 0.02).to(device)
     windows = sampler(hopper_file, device, context)
     optimiser = make_optimiser(model, 1e-3, 1e-4, 1e-8)
     starts = torch.randint(windows.number_of_steps, (steps, 1, 16), generator=torch.Generator().manual_seed(0)).to(device)

@@ -42,5 +42,4 @@ def test_notebooks_share_their_settings():
 def test_is_committed_clean_and_short(path):
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
-    parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
-    assert max(len(cell.source.splitlines()) for cell in code if cell not in parameters) <= 40
+    assert max(len(cell.source.splitlines()) for cell in code) <= 40

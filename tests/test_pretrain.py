@@ -255,8 +255,7 @@ def test_a_shipped_starting_point_is_what_its_record_says(folder, monkeypatch):
     assert pretrain.held_out_loss(network, held_out[:64]) == pytest.approx(record["curve"][-1]["held_out_loss"], abs=5e-3)
     assert losses["uniform"] == pytest.approx(np.log(network.lm_head.out_features))
     if config.kind == "language":
-        assert losses["model"] < losses["bigram"] - (0.1 if config.size == "tiny" else 0.3)
-        assert losses["bigram"] < losses["unigram"]
+        assert losses["model"] < losses["bigram"] - 0.3 and losses["bigram"] < losses["unigram"]
     elif config.kind == "image":
         palette = np.array(json.loads((folder / "preprocessor_config.json").read_text())["clusters"])
         nearest = types.SimpleNamespace(cluster_centers_=palette, predict=lambda pixels: cKDTree(palette).query(pixels)[1])
