@@ -124,7 +124,9 @@ def run(profile: str, notebooks: list | None = None, overrides: dict | None = No
     Starting points that are needed and absent are made first. Of the profiles that take hours a plan is printed; and of each
     with ``only_plan``, after which nothing runs.
     """
-    import papermill  # slow to import
+    from dtlib.kernels import preload  # these are slow to import
+    metadata = {} if only_plan else preload()
+    import papermill
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its own reader of parameter cells warns wrongly
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # echoes each Ctrl-C at length
     root, seconds, overrides = repository(), {}, overrides or {}
@@ -145,7 +147,8 @@ def run(profile: str, notebooks: list | None = None, overrides: dict | None = No
         variables = {"DTLIB_FIGURES": str(root / figures), "DTLIB_OVERRIDES": json.dumps(chosen)}
         try:
             with tempfile.TemporaryDirectory() as home, patch.dict(os.environ, variables, JUPYTER_PATH=home), no_room(copy):
-                write_kernel_spec(Path(home, "kernels", "python3"), extra_arguments=["--log-level=ERROR"])  # this interpreter
+                write_kernel_spec(Path(home, "kernels", "python3"), {"metadata": metadata},
+                                  extra_arguments=["--log-level=ERROR"])  # this interpreter
                 papermill.execute_notebook(notebook, str(copy).replace("{", "{{").replace("}", "}}"), values, cwd=root,
                                            kernel_name="python3", language="python", progress_bar={"desc": path.stem},
                                            stderr_file=sys.stderr)  # progress inside a cell

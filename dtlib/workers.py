@@ -47,6 +47,11 @@ class Workers(ProcessPoolExecutor):
 
 def _begin(*shared: object) -> None:
     _shared.extend(shared)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a process that multiprocessing started: end it as soon as the one that asked for it is gone."""
     threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -163,7 +166,8 @@ def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(reposit
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(repository / "jupyter"))
     monkeypatch.setenv("JUPYTER_PATH", str(repository / "jupyter"))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
-    before = dict(os.environ)
+    ours = ("DTLIB", "JUPYTER", "JPY", "MPL")  # imports set others: scikit-learn's, torch's
+    before = {name: value for name, value in os.environ.items() if name.startswith(ours)}
     write_notebook(repository / "notebooks" / "00_first.ipynb", REPORT, figures=["curve"])
     seconds = batch.run("smoke", ["00"], {"learning_rate": "1e-4", "fast": "true"}, figures="figures {of today}")
     folder = repository / "figures {of today}" / "smoke" / "00_first"
@@ -175,7 +179,7 @@ def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(reposit
     assert "00_first" in printed.out and "total" in printed.out
     assert "100%" in printed.err
     assert "Unable to parse" not in printed.err + caplog.text
-    assert dict(os.environ) == before
+    assert {name: value for name, value in os.environ.items() if name.startswith(ours)} == before
 
 
 def test_a_failing_cell_stops_the_batch_and_is_named(repository):
@@ -205,6 +209,48 @@ def test_a_kernel_that_dies_is_an_error_that_names_the_notebook(repository):
     write_notebook(repository / "notebooks" / "00_first.ipynb", "import os\nos._exit(1)")
     with pytest.raises(UserError, match="Notebook 00_first stopped: .*died"):
         batch.run("laptop", ["00"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux")
+def test_kernels_start_with_their_imports_and_nothing_of_the_one_before(repository):
+    leave = """import os, sys, torch, dtlib
+assert {"dtlib.runs", "matplotlib.pyplot", "torch._dynamo"} <= set(sys.modules)
+assert not hasattr(dtlib, "left") and "LEFT" not in os.environ and os.getpgid(0) == os.getpid()
+assert torch.initial_seed() != 1
+dtlib.left = os.environ["LEFT"] = "something"
+torch.manual_seed(1)
+import matplotlib.pyplot as plt
+plt.plot([1, 2])"""
+    for name in ("00_first", "01_second"):
+        (repository / "notebooks" / f"{name}.ipynb").unlink()
+        results = f"from pathlib import Path\nPath(os.environ['DTLIB_FIGURES'], profile, {name!r}, 'results.json').touch()"
+        write_notebook(repository / "notebooks" / f"{name}.ipynb", leave, results)
+    assert list(batch.run("laptop")) == ["00_first", "01_second"]
+    shown = nbformat.read(repository / "figures" / "laptop" / "01_second" / "executed.ipynb", as_version=4)
+    assert any("image/png" in output.get("data", {}) for cell in shown.cells for output in cell.get("outputs", []))
+
+
+def test_a_killed_batch_leaves_no_kernel(repository):
+    note, kernel = repository / "kernel", None
+    write_notebook(repository / "notebooks" / "00_first.ipynb", f"""import os, time
+from pathlib import Path
+Path({str(note)!r}).write_text(str(os.getpid()))
+time.sleep(600)""")
+    running = subprocess.Popen([sys.executable, "-m", "dtlib", "figures", "00"], cwd=repository, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if note.exists() and (kernel := note.read_text()):
+                break
+            time.sleep(0.1)
+    finally:
+        running.kill()
+        running.wait()
+    for _ in range(100):
+        if not Path("/proc", kernel).exists():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"The kernel, process {kernel}, is still there.")
 
 
 ASKING = """from dtlib import runs
