@@ -1,9 +1,14 @@
 """One style for all figures, and one way to keep a figure together with its numbers."""
 
+import contextlib
+import hashlib
 import json
 import os
+import pickle
 import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,7 +17,9 @@ from IPython import get_ipython
 from IPython.display import Image, display
 from pydantic_core import to_json
 
-from dtlib.errors import UserError, atomic_write, versions
+from dtlib.errors import UserError, atomic_write, cache_root, versions
+
+T = TypeVar("T")
 
 # Colour, marker, line style; paper A's colours for its three, and for ours that stand in their places; all can be told apart
 # without colour.
@@ -85,6 +92,25 @@ class Output:
     def __init__(self, profile: str, notebook: str):
         self.profile = profile
         self.folder = Path(os.environ.get("DTLIB_FIGURES") or repository() / "figures") / profile / notebook
+
+    def remembered(self, name: str, measure: Callable[[], T], runs: Iterable = ()) -> T:
+        """What ``measure()`` returns, kept in the cache folder; measured again once anything differs that may matter.
+
+        That is: the cells executed so far, this one included; dtlib's code; a library; one of the ``runs`` that it looks at.
+        """
+        cells = get_ipython().user_ns["In"]
+        code = [path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))]
+        about = [cells, code, versions(), [(run.path / "run.json").read_text() for run in runs]]
+        place = cache_root() / "measures" / self.profile / self.folder.name
+        path = place / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}.pickle"
+        with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
+            return pickle.loads(path.read_bytes())
+        found = measure()
+        for old in place.glob(f"{name}-*"):
+            old.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            file.write_bytes(pickle.dumps(found))
+        return found
 
     def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:
         """Write ``name``.png (200 dpi), .pdf and .csv (the numbers shown), the same bytes for the same figure; show it."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -132,3 +133,30 @@ def test_the_repository_is_found_from_inside_it_only(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not inside the repository"):
         plots.Output("laptop", "00_first")
+
+
+def test_what_was_measured_is_remembered_until_something_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    cells, calls, run = ["profile = 'laptop'", "measure()"], [], SimpleNamespace(path=tmp_path)
+    monkeypatch.setattr(plots, "get_ipython", lambda: SimpleNamespace(user_ns={"In": cells}))
+    (tmp_path / "run.json").write_text("{}")
+    output = plots.Output("laptop", "02_mutual_information")
+
+    def measured(name="information"):
+        def measure():
+            calls.append(name)
+            return pd.DataFrame({"nats": [1 / 3, np.nan]})
+
+        pd.testing.assert_frame_equal(output.remembered(name, measure, [run]), pd.DataFrame({"nats": [1 / 3, np.nan]}))
+        return len(calls)
+
+    assert [measured(), measured(), measured("gradients"), measured()] == [1, 1, 2, 2]
+    cells[0] = "profile = 'full'"
+    assert [measured(), measured()] == [3, 3]
+    (tmp_path / "run.json").write_text('{"seconds": 1}')
+    assert [measured(), measured()] == [4, 4]
+    monkeypatch.setattr(plots, "versions", lambda: {"torch": "0"})
+    assert [measured(), measured()] == [5, 5]
+    (kept,) = tmp_path.glob("measures/laptop/02_mutual_information/information-*")  # the older ones are gone
+    kept.write_bytes(kept.read_bytes()[:-9])
+    assert [measured(), measured()] == [6, 6]
