@@ -148,7 +148,7 @@ def run(profile: str, notebooks: list | None = None, overrides: dict | None = No
         try:
             with tempfile.TemporaryDirectory() as home, patch.dict(os.environ, variables, JUPYTER_PATH=home), no_room(copy):
                 write_kernel_spec(Path(home, "kernels", "python3"), {"metadata": metadata},
-                                  extra_arguments=["--log-level=CRITICAL"])  # this interpreter
+                                  extra_arguments=["--log-level=CRITICAL"])  # this interpreter; as for asyncio above
                 papermill.execute_notebook(notebook, str(copy).replace("{", "{{").replace("}", "}}"), values, cwd=root,
                                            kernel_name="python3", language="python", progress_bar={"desc": path.stem},
                                            stderr_file=sys.stderr)  # progress inside a cell

@@ -3,7 +3,6 @@
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
-import signal
 import sys
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -57,11 +56,10 @@ class _Process(multiprocessing.context.ForkServerProcess):
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv = command[command.index("-m") + 1:]
-        from ipykernel.kernelapp import IPKernelApp
         end_with_parent()
-        IPKernelApp.launch_instance(sys.argv[1:], parent_handle=os.getppid())  # so that it knows that it has one
+        from ipykernel.kernelapp import IPKernelApp
+        arguments = command[command.index("-m") + 2:]  # of python -m ipykernel_launcher
+        IPKernelApp.launch_instance(arguments, parent_handle=os.getppid())  # so that it knows that it has one
 
 
 class ForkedKernel(LocalProvisioner):

@@ -137,9 +137,8 @@ def test_the_repository_is_found_from_inside_it_only(tmp_path, monkeypatch):
 
 def test_what_was_measured_is_remembered_until_something_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
-    cells, calls, run = ["profile = 'laptop'", "measure()"], [], SimpleNamespace(path=tmp_path)
+    cells, calls, run = ["profile = 'laptop'", "measure()"], [], SimpleNamespace(record={})
     monkeypatch.setattr(plots, "get_ipython", lambda: SimpleNamespace(user_ns={"In": cells}))
-    (tmp_path / "run.json").write_text("{}")
     output = plots.Output("laptop", "02_mutual_information")
 
     def measured(name="information"):
@@ -153,7 +152,7 @@ def test_what_was_measured_is_remembered_until_something_changes(tmp_path, monke
     assert [measured(), measured(), measured("gradients"), measured()] == [1, 1, 2, 2]
     cells[0] = "profile = 'full'"
     assert [measured(), measured()] == [3, 3]
-    (tmp_path / "run.json").write_text('{"seconds": 1}')
+    run.record["seconds"] = 1
     assert [measured(), measured()] == [4, 4]
     monkeypatch.setattr(plots, "versions", lambda: {"torch": "0"})
     assert [measured(), measured()] == [5, 5]
