@@ -21,7 +21,7 @@ AS_PAPER = dict(  # paper A's architecture, training and evaluation
     # of paper B
     variants=EVERY_VARIANT, alignment_steps=15_000, cotraining_corpus="", game_settings={},
     # of size and amount
-    model_sizes=["chibit", "mini", "small", "gpt2"], amounts=["1M", "10M", "100M", ""])
+    amounts={size: ["1M", "10M", "100M", ""] for size in ("chibit", "mini", "small", "gpt2")})
 PROFILES: dict[str, dict[str, object]] = {
     "smoke": dict(dataset_steps=5_000, seeds=[0, 1], epochs=1, steps_per_epoch=3, batch_size=8, warmup_steps=2,
                   time_embedding_std=0.02, evaluation_episodes=2, after_epoch=1, windows=30, gradient_windows=20,
@@ -36,11 +36,12 @@ PROFILES: dict[str, dict[str, object]] = {
                  control_donors=["language-shuffled", "language-rotated", "random-matched", "markov"],
                  variants=EVERY_VARIANT, sizes=["tiny", "chibit"], contexts=[5, 10], fractions=[0.01, 0.1], delayed=True,
                  further_data=["collected:medium-replay", "collected:medium-expert"], games=["pong"],
-                 model_sizes=["tiny", "chibit", "mini", "small"], amounts=["1M", ""]),
+                 amounts={"tiny": ["1M", "", "30M", "100M"], "chibit": ["1M", "", "30M"], "mini": ["1M", "", "30M"],
+                          "small": ["1M", ""]}),
     "gpu": dict(AS_PAPER, dataset="collected:medium", tasks=["hopper"], seeds=[0, 1], precision="bfloat16",
                 variants=["both losses", "frozen blocks"], games=["pong"],
                 game_settings=dict(size="mini", data_steps=100_000, batch_size=128),
-                model_sizes=["mini", "gpt2"], amounts=["10M", ""]),
+                amounts={"mini": ["10M", ""], "gpt2": ["10M", ""]}),
     "paper": dict(AS_PAPER, dataset="d4rl:medium", seeds=[666, 42], control_hosts=["random-matched"], control_donors=[],
                   initialisations=["random", "gpt2", "igpt", "random-matched", "igpt-native"], unclipped=["igpt"],
                   games=["breakout", "qbert", "pong", "seaquest"], game_data="dqn-replay",
@@ -93,11 +94,10 @@ def to_be_made(parameters: dict[str, object]) -> list:
         return [(name, size) for name in parameters.get(names, []) for size in sizes]
 
     own, found = [parameters.get("size", "mini")], []
-    amounts = [f"-{amount}" * bool(amount) for amount in parameters.get("amounts", [])]
     wanted = [pair for names in ("initialisations", "control_donors", "control_hosts") for pair in pairs(names, own)]
     wanted += pairs("scaled", parameters.get("sizes", []))
-    wanted += [(kind + amount, size) for kind, size in pairs("pretrained", parameters.get("model_sizes", []))
-               for amount in amounts]
+    wanted += [("-".join(filter(None, (kind, amount))), size) for size, amounts in parameters.get("amounts", {}).items()
+               for kind, amount in pairs("pretrained", amounts)]
     if parameters.get("games"):
         wanted += pairs("game_initialisations", [parameters["game_settings"].get("size", "atari")])
     for name, size in wanted:
