@@ -136,10 +136,10 @@ def run(profile: str, notebooks: list | None = None, overrides: dict | None = No
         print(cost_of(profile, jobs, points))
     if only_plan:
         return seconds
-    for config in points:
-        from dtlib.pretrain import pretrain  # slow to import
-        print(f"There is no starting point {config.name} yet: making it.")
-        pretrain(config)
+    if points:
+        from dtlib import cost, pretrain  # slow to import
+        print(f"Starting points that do not exist yet are made first: {', '.join(config.name for config in points)}.")
+        pretrain.pretrain_all(sorted(points, key=lambda config: -cost.of_pretraining(config).operations))  # the longest first
     for path, notebook, values in jobs:
         began, folder = time.time(), root / figures / profile / path.stem
         folder.mkdir(parents=True, exist_ok=True)

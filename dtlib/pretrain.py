@@ -26,6 +26,7 @@ from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, v
 from dtlib.model import SIZES, read_config, read_tensors
 from dtlib.seeding import stream_seed
 from dtlib.train import choose_device, load_state, save_state
+from dtlib.workers import spread
 
 Count, Whole, Positive = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]
 KINDS = ("language", "image", "markov", "iid")
@@ -155,11 +156,13 @@ def load_starting_point(folder: Path) -> tuple[torch.nn.Module, dict, Tensor]:
     return model.eval(), record, held_out
 
 
-def pretrain(config: PretrainConfig, folder: Path | None = None, device: str = "auto", progress: bool = True) -> Path:
+def pretrain(config: PretrainConfig, folder: Path | None = None, device: str = "auto", progress: bool = True,
+             on_steps: Callable[[int], None] = lambda steps: None) -> Path:
     """The folder of a finished starting point in transformers' layout: trained if absent, resumed if interrupted.
 
     The same config, versions and kind of machine give the same bytes: on a CPU it is one thread's work. Weights are stored as
-    float16. Raises ``UserError`` for a bad corpus, and if ``folder`` holds something else.
+    float16. ``on_steps(1)`` is called after each step. Raises ``UserError`` for a bad corpus, and if ``folder`` holds
+    something else.
     """
     folder = Path(folder or cache_root() / "starting_points" / config.name)
     growing = folder.with_name(f".partial-{folder.name}")
@@ -176,7 +179,7 @@ def pretrain(config: PretrainConfig, folder: Path | None = None, device: str = "
             threads = torch.get_num_threads()
             torch.set_num_threads(1 if device == "cpu" else threads)  # the bytes must not depend on how many cores there are
             try:
-                _train(config, growing, device, progress)
+                _train(config, growing, device, progress, on_steps)
             finally:
                 torch.set_num_threads(threads)
             os.rename(growing, folder)
@@ -184,7 +187,18 @@ def pretrain(config: PretrainConfig, folder: Path | None = None, device: str = "
     return folder
 
 
-def _train(config: PretrainConfig, folder: Path, device: str, progress: bool) -> None:
+def pretrain_all(configs: list[PretrainConfig], device: str = "auto", processes: int | None = None) -> None:
+    """``pretrain`` of several, side by side: one a core, or one a card."""
+    with tqdm(total=sum(config.steps for config in configs), desc=f"pre-training {len(configs)} starting points",
+              unit="step") as bar:
+        spread(_pretrain_one, configs, choose_device(device), processes, bar)
+
+
+def _pretrain_one(config: PretrainConfig, device: str, on_steps: Callable[[int], None]) -> None:
+    pretrain(config, None, device, False, on_steps)
+
+
+def _train(config: PretrainConfig, folder: Path, device: str, progress: bool, on_steps: Callable[[int], None]) -> None:
     corpus = make_corpus(config, progress)
     model = make_model(config, corpus.vocabulary).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -212,6 +226,7 @@ def _train(config: PretrainConfig, folder: Path, device: str, progress: bool) ->
                 optimiser.param_groups[0]["lr"] = config.learning_rate * min(warm, left)
                 optimiser.step()
                 bar.update()
+                on_steps(1)
             taken = marks[i] - marks[max(i - 1, 0)]
             done["curve"].append({"step": marks[i], "training_loss": float(total / taken) if taken else None,
                                   "held_out_loss": held_out_loss(model, held_out[:64])})

@@ -9,7 +9,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -38,7 +37,7 @@ from dtlib.model import (
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
 from dtlib.train import action_error, choose_device, load_state, make_optimiser, save_state, train_epoch, train_together
-from dtlib.workers import Workers, report
+from dtlib.workers import spread
 
 Count, Whole = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]
 Positive, Probability = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0, lt=1)]
@@ -355,12 +354,6 @@ def _groups(configs: list[RunConfig]) -> list[list[RunConfig]]:
     return list(groups.values())
 
 
-def _in_worker(configs: list[RunConfig], device: str, card: int) -> None:
-    if device == "cuda":
-        torch.cuda.set_device(card)
-    fine_tune_together(configs, device, report)
-
-
 def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | None = None,
                progress: bool = True) -> list[Run]:
     """The finished runs of ``configs``, in order; missing ones are trained, several at once: one a core, or one a card.
@@ -373,22 +366,7 @@ def fine_tuned(configs: list[RunConfig], device: str = "auto", processes: int | 
     for config in {(c.task, c.dataset, c.dataset_steps): c for c in missing}.values():
         load_data(config, progress)  # collects or downloads once, before the processes start
     groups = _groups(missing) if device == "cuda" else [[config] for config in missing]
-    processes = min(processes or (torch.cuda.device_count() if device == "cuda" else os.cpu_count()) or 1, len(groups))
     steps = sum(config.epochs * config.steps_per_epoch for config in missing)
     with tqdm(total=steps, desc=f"fine-tuning {len(missing)} runs", unit="step", disable=not (progress and missing)) as bar:
-        if processes > 1:  # one process and one thread a run: faster than one run on all cores
-            with Workers(processes, "try processes=1") as pool:
-                free, pending = list(range(processes)), {}
-                while groups or pending:
-                    while groups and free:
-                        card = free.pop()
-                        pending[pool.submit(_in_worker, groups.pop(0), device, card)] = card
-                    done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                    bar.update(pool.steps.get_obj().value - bar.n)  # without its lock, which a killed worker may hold
-                    for future in done:
-                        free.append(pending.pop(future))
-                        future.result()
-        else:
-            for group in groups:
-                fine_tune_together(group, device, bar.update)
+        spread(fine_tune_together, groups, device, processes, bar)  # faster than one run on all cores
     return [Run.open(runs_root() / config.name) for config in configs]

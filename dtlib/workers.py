@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 
 import torch
+from tqdm import tqdm
 
 from dtlib.errors import UserError
 
@@ -63,6 +64,35 @@ def report(done: int) -> None:
             steps.value += done
         if stopped.value:
             raise KeyboardInterrupt
+
+
+def spread(job: Callable, items: list, device: str, processes: int | None, bar: tqdm) -> None:
+    """``job(item, device, on_steps)`` for each of ``items``, several at once: one a core, or one a card.
+
+    ``bar`` counts what they give to ``on_steps``. With one of ``processes``, or one item, all happens in this one.
+    """
+    processes = min(processes or (torch.cuda.device_count() if device == "cuda" else os.cpu_count()) or 1, len(items))
+    if processes <= 1:
+        for item in items:
+            job(item, device, bar.update)
+        return
+    with Workers(processes, "try processes=1") as pool:
+        waiting, free, pending = list(items), list(range(processes)), {}
+        while waiting or pending:
+            while waiting and free:
+                card = free.pop()
+                pending[pool.submit(_on_card, job, waiting.pop(0), device, card)] = card
+            done, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            bar.update(pool.steps.get_obj().value - bar.n)  # without its lock, which a killed worker may hold
+            for future in done:
+                free.append(pending.pop(future))
+                future.result()
+
+
+def _on_card(job: Callable, item: object, device: str, card: int) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(card)
+    job(item, device, report)
 
 
 def in_threads(job: Callable, jobs: Iterable, device: str) -> list:

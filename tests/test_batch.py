@@ -278,7 +278,7 @@ def test_a_plan_counts_the_runs_and_runs_nothing(repository, capsys):
 def test_starting_points_that_are_absent_are_made_first(repository, monkeypatch):
     from dtlib import pretrain
     made = []
-    monkeypatch.setattr(pretrain, "pretrain", made.append)
+    monkeypatch.setattr(pretrain, "pretrain_all", made.extend)
     write_notebook(repository / "notebooks" / "00_first.ipynb", "raise KeyError", parameters=POINTS.replace("cuda", "auto"))
     with pytest.raises(UserError, match="KeyError"):
         batch.run("laptop", ["00"])

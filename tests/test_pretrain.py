@@ -101,6 +101,17 @@ def test_a_large_batch_in_parts_is_the_whole_batch(tmp_path, monkeypatch):
     np.testing.assert_allclose(*curves, atol=2e-6)
 
 
+def test_side_by_side_is_one_by_one(tmp_path, monkeypatch, capsys):
+    configs = [dataclasses.replace(MARKOV, seed=seed) for seed in (0, 1, 2)]
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    pretrain.pretrain_all(configs, "cpu", 2)
+    assert "pre-training 3 starting points" in (said := capsys.readouterr().err) and "60/60" in said
+    for config in configs:
+        alone = pretrain.pretrain(config, tmp_path / config.name, "cpu", False)
+        assert (alone / "model.safetensors").read_bytes() == (
+            tmp_path / "starting_points" / config.name / "model.safetensors").read_bytes()
+
+
 def test_what_a_training_leaves(trained):
     for kind, (folder, config) in trained.items():
         network, record, held_out = load_starting_point(folder)

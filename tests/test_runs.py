@@ -10,7 +10,6 @@ import resource
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -254,35 +253,6 @@ def test_seeds_trained_together_are_those_trained_one_by_one(hopper_file, tmp_pa
             assert ours["action_error"] == pytest.approx(theirs["action_error"], rel=1e-3)
             assert ours["training_loss"] is theirs["training_loss"] or ours["training_loss"] == pytest.approx(
                 theirs["training_loss"], rel=1e-3)
-
-
-class Threads(ThreadPoolExecutor):
-    """Workers that are threads, for what cannot be had here."""
-
-    def __init__(self, number, advice):
-        super().__init__(number)
-        self.steps = multiprocessing.Value("q")
-
-
-def test_every_card_has_one_run_at_a_time(config, monkeypatch, tmp_path):
-    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
-    busy, seen = [], []
-
-    def train(configs, device, card):
-        assert device == "cuda" and card not in busy
-        busy.append(card)
-        time.sleep(0.05)
-        busy.remove(card)
-        seen.append((configs, card))
-    monkeypatch.setattr(runs, "Workers", Threads)
-    monkeypatch.setattr(runs, "_in_worker", train)
-    monkeypatch.setattr(runs, "choose_device", lambda device: "cuda")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(runs.Run, "open", lambda path: path.name)
-    configs = [dataclasses.replace(config, learning_rate=rate * 1e-4) for rate in range(1, 8)]
-    assert runs.fine_tuned(configs, progress=False) == [config.name for config in configs]
-    assert sorted(own.name for given, _ in seen for own in given) == sorted(config.name for config in configs)
-    assert {card for _, card in seen} == {0, 1, 2}
 
 
 def test_every_parameter_changes_the_name():

@@ -1,9 +1,50 @@
+import io
+import multiprocessing
+import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from dtlib.workers import in_threads
+from dtlib import workers
+from dtlib.workers import in_threads, spread
+
+
+class Threads(ThreadPoolExecutor):
+    """Workers that are threads, for what cannot be had here."""
+
+    def __init__(self, number, advice):
+        super().__init__(number)
+        self.steps = multiprocessing.Value("q")
+
+
+def test_every_card_has_one_job_at_a_time(monkeypatch):
+    chosen, busy, seen = threading.local(), [], []
+
+    def job(item, device, on_steps):
+        assert device == "cuda" and chosen.card not in busy
+        busy.append(chosen.card)
+        time.sleep(0.05)
+        busy.remove(chosen.card)
+        seen.append((item, chosen.card))
+    monkeypatch.setattr(workers, "Workers", Threads)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: setattr(chosen, "card", card))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    spread(job, list(range(7)), "cuda", None, tqdm(disable=True))
+    assert sorted(item for item, _ in seen) == list(range(7)) and {card for _, card in seen} == {0, 1, 2}
+
+
+def test_one_process_does_it_here():
+    bar, seen = tqdm(total=6, file=io.StringIO()), []
+
+    def job(item, device, on_steps):
+        on_steps(item)
+        seen.append((item, device, os.getpid()))
+    spread(job, [1, 2, 3], "cpu", 1, bar)
+    assert seen == [(item, "cpu", os.getpid()) for item in (1, 2, 3)] and bar.n == 6
 
 
 def test_threads_keep_the_order_and_have_one_core_each():
