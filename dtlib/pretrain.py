@@ -31,10 +31,10 @@ from dtlib.workers import spread
 Count, Whole, Positive = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]
 KINDS = ("language", "image", "markov", "iid")
 CHECKPOINTS = 20  # a training is measured, and can be resumed, at this many places
-SIDE_BY_SIDE = 16  # sequences of a step that go through the model at once: 1024 tokens of GPT-2 fit a 24 GB card so
+AT_ONCE = 8192  # tokens of a step that go through the model together, so that GPT-2's and ImageGPT's sizes fit 24 GB
 SMALL = dict(vocabulary=2048, sequence=128, batch_size=16, learning_rate=2e-3)
 LARGE = dict(vocabulary=16_384, sequence=1024, batch_size=64, learning_rate=3e-4)  # 65,536 tokens a step
-STEPS = {"language": 3500, "image": 2500, "markov": 1500, "iid": 300}  # of the small sizes
+STEPS = {"language": (3500, 15_000), "image": (2500, 15_000), "markov": (1500, 15_000), "iid": (300, 1500)}  # small, large
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -68,7 +68,7 @@ class PretrainConfig:
         for name, value in own.items():
             if not getattr(config, name):
                 object.__setattr__(config, name, value)
-        steps = config.steps or (STEPS[config.kind] if small else 15_000)
+        steps = config.steps or STEPS[config.kind][not small]
         if config.tokens:
             amount = int(config.tokens[:-1]) * {"k": 10**3, "M": 10**6, "B": 10**9}[config.tokens[-1]]
             steps = max(1, round(amount / config.batch_size / config.sequence))
@@ -216,7 +216,7 @@ def _train(config: PretrainConfig, folder: Path, device: str, progress: bool, on
             for step in range(marks[max(i - 1, 0)], marks[i]):
                 sequences = torch.as_tensor(corpus.sample(generator, config.batch_size)).to(device)
                 optimiser.zero_grad(set_to_none=True)
-                for part in sequences.split(SIDE_BY_SIDE):
+                for part in sequences.split(max(AT_ONCE // config.sequence, 1)):
                     with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
                         loss = token_loss(model, part) * (len(part) / len(sequences))
                     loss.backward()

@@ -93,7 +93,7 @@ def test_the_recorded_command_makes_the_same_config(config, monkeypatch, tmp_pat
 def test_a_large_batch_in_parts_is_the_whole_batch(tmp_path, monkeypatch):
     config, curves = PretrainConfig("markov", "tiny", sequence=8, steps=3, batch_size=21), []
     for parts in (16, 21):
-        monkeypatch.setattr(pretrain, "SIDE_BY_SIDE", parts)
+        monkeypatch.setattr(pretrain, "AT_ONCE", parts * 8)
         record = load_starting_point(pretrain.pretrain(config, tmp_path / str(parts), "cpu", False))[1]
         curves.append([[row["step"], row["held_out_loss"], row["training_loss"] or 0] for row in record["curve"]])
     assert [row[0] for row in curves[0]] == [0, 1, 2, 3]  # a training of few steps is measured after each, once
