@@ -62,7 +62,7 @@ def finetune(settings: list[str] = typer.Argument(None, help="name=value, e.g. s
 
 @app.command()
 def pretrain(kind: str = typer.Argument(help="language, image, markov or iid."),
-             size: str = typer.Option("mini", help="mini, chibit, gpt2 or imagegpt."), seed: int = 0,
+             size: str = typer.Option("mini", help="tiny, mini, chibit, small, gpt2 or imagegpt."), seed: int = 0,
              corpus: str = typer.Option("", help="wikitext-2, wikitext-103, a folder of text or CIFAR-10's binary files; "
                                                  "empty: what every install has."),
              settings: list[str] = typer.Option(None, "--set", help="name=value, e.g. steps=1000; repeatable."),

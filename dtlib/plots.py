@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import Image, display
+from matplotlib.ticker import LogLocator
 from pydantic_core import to_json
 
 from dtlib.errors import UserError, atomic_write, cache_root, versions
@@ -84,6 +85,18 @@ def band(ax: plt.Axes, x: np.ndarray, values: np.ndarray, label: str, colour: ob
     (drawn,) = ax.plot(x, mean, line, color=colour or known, marker=marker, label=label, markevery=max(1, len(x) // 8))
     ax.plot(x, np.transpose(values), line, color=drawn.get_color(), linewidth=0.6, alpha=0.5)
     ax.fill_between(x, low, high, color=drawn.get_color(), alpha=0.25, linewidth=0)
+
+
+def log_axis(ax: plt.Axes) -> None:
+    """Make the y axis logarithmic, with numbers at 1, 2, 3 and 5 times the powers of ten."""
+    ax.set_yscale("log", subs=[])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
+def of_task(name: str, task: str, tasks: list[str]) -> str:
+    """What a figure that every task has is called: ``name`` for the first of ``tasks``, ``name_task`` for the others."""
+    return name if task == tasks[0] else f"{name}_{task}"
 
 
 class Output:

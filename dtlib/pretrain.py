@@ -161,8 +161,8 @@ def pretrain(config: PretrainConfig, folder: Path | None = None, device: str = "
     """The folder of a finished starting point in transformers' layout: trained if absent, resumed if interrupted.
 
     The same config, versions and kind of machine give the same bytes: on a CPU it is one thread's work. Weights are stored as
-    float16. ``on_steps(1)`` is called after each step. Raises ``UserError`` for a bad corpus, and if ``folder`` holds
-    something else.
+    float16. ``on_steps(n)`` is called as n more steps are done. Raises ``UserError`` for a bad corpus, and if ``folder``
+    holds something else.
     """
     folder = Path(folder or cache_root() / "starting_points" / config.name)
     growing = folder.with_name(f".partial-{folder.name}")
@@ -187,11 +187,11 @@ def pretrain(config: PretrainConfig, folder: Path | None = None, device: str = "
     return folder
 
 
-def pretrain_all(configs: list[PretrainConfig], device: str = "auto", processes: int | None = None) -> None:
+def pretrain_all(configs: list[PretrainConfig], device: str = "auto") -> None:
     """``pretrain`` of several, side by side: one a core, or one a card."""
     with tqdm(total=sum(config.steps for config in configs), desc=f"pre-training {len(configs)} starting points",
               unit="step") as bar:
-        spread(_pretrain_one, configs, choose_device(device), processes, bar)
+        spread(_pretrain_one, configs, choose_device(device), None, bar)
 
 
 def _pretrain_one(config: PretrainConfig, device: str, on_steps: Callable[[int], None]) -> None:
@@ -206,8 +206,9 @@ def _train(config: PretrainConfig, folder: Path, device: str, progress: bool, on
     _write(folder / "training.json", {"config": dataclasses.asdict(config)})
     done = load_state(state, model, optimiser) if state.exists() else {"curve": [], "seconds": 0.0}
     marks = sorted({round(config.steps * i / CHECKPOINTS) for i in range(CHECKPOINTS + 1)})
-    with tqdm(total=config.steps, initial=marks[max(len(done["curve"]) - 1, 0)], desc=config.name, unit=" steps",
-              disable=not progress) as bar:
+    before = marks[max(len(done["curve"]) - 1, 0)]
+    on_steps(before)
+    with tqdm(total=config.steps, initial=before, desc=config.name, unit=" steps", disable=not progress) as bar:
         for i in range(len(done["curve"]), len(marks)):
             began, total = time.perf_counter(), torch.zeros((), device=device)
             # The stream is made anew at every checkpoint, so a resumed training needs no generator's state.

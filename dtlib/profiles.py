@@ -87,13 +87,19 @@ def missing(profile: str, parameters: dict[str, object] | None = None) -> list[s
 
 
 def to_be_made(parameters: dict[str, object]) -> list:
-    """PretrainConfigs of the starting points that a notebook with these ``parameters`` needs and this machine has not."""
+    """PretrainConfigs of the starting points that a notebook with these ``parameters`` needs and this machine has not.
+
+    They are learnt in bfloat16 if the notebook's runs are, or if the processor multiplies it: 6 × 384 then takes a third.
+    """
+    import torch
+
     from dtlib import model, pretrain
 
     def pairs(names: str, sizes: list[str]) -> list[tuple[str, str]]:
         return [(name, size) for name in parameters.get(names, []) for size in sizes]
 
     own, found = [parameters.get("size", "mini")], []
+    fast = parameters.get("precision") == "bfloat16" or torch.cpu.get_capabilities().get("avx512_bf16")
     wanted = [pair for names in ("initialisations", "control_donors", "control_hosts") for pair in pairs(names, own)]
     wanted += pairs("scaled", parameters.get("sizes", []))
     wanted += [("-".join(filter(None, (kind, amount))), size) for size, amounts in parameters.get("amounts", {}).items()
@@ -108,5 +114,5 @@ def to_be_made(parameters: dict[str, object]) -> list:
             model.weights_folder(row, size, 0)
         except UserError:
             found.append(pretrain.PretrainConfig(row.made, model.made_size(row.made, size), tokens=row.tokens,
-                                                 precision=parameters.get("precision", "float32")))
+                                                 precision="bfloat16" if fast else "float32"))
     return found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from dtlib import batch, profiles
 from dtlib.errors import UserError
@@ -275,14 +276,17 @@ def test_a_plan_counts_the_runs_and_runs_nothing(repository, capsys):
     assert sorted(repository.rglob("*")) == before
 
 
-def test_starting_points_that_are_absent_are_made_first(repository, monkeypatch):
+@pytest.mark.parametrize("fast", [False, True])
+def test_starting_points_that_are_absent_are_made_first(fast, repository, monkeypatch):
     from dtlib import pretrain
     made = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True} if fast else {})
     monkeypatch.setattr(pretrain, "pretrain_all", made.extend)
     write_notebook(repository / "notebooks" / "00_first.ipynb", "raise KeyError", parameters=POINTS.replace("cuda", "auto"))
     with pytest.raises(UserError, match="KeyError"):
         batch.run("laptop", ["00"])
-    assert made == [pretrain.PretrainConfig("markov", size="tiny", tokens="1k")]
+    precision = "bfloat16" if fast else "float32"
+    assert made == [pretrain.PretrainConfig("markov", size="tiny", tokens="1k", precision=precision)]
 
 
 def test_each_profile_fits_the_real_notebooks():

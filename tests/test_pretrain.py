@@ -104,7 +104,8 @@ def test_a_large_batch_in_parts_is_the_whole_batch(tmp_path, monkeypatch):
 def test_side_by_side_is_one_by_one(tmp_path, monkeypatch, capsys):
     configs = [dataclasses.replace(MARKOV, seed=seed) for seed in (0, 1, 2)]
     monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
-    pretrain.pretrain_all(configs, "cpu", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    pretrain.pretrain_all(configs, "cpu")
     assert "pre-training 3 starting points" in (said := capsys.readouterr().err) and "60/60" in said
     for config in configs:
         alone = pretrain.pretrain(config, tmp_path / config.name, "cpu", False)
@@ -288,7 +289,8 @@ def test_a_shipped_starting_point_is_what_its_record_says(folder, monkeypatch):
         assert losses["model"] < min(losses["unigram"], losses["bigram"], losses["pixel above"])
     else:
         corpus = corpora.synthetic(config.kind, config.seed, config.sequence)
-        assert np.array_equal(corpus.held_out, held_out) and corpus.facts == record["corpus"]
+        assert np.array_equal(corpus.held_out, held_out)
+        assert corpus.facts == pytest.approx(record["corpus"])  # processors differ in the last digits
         assert abs(losses["model"] / corpus.facts["entropy_rate"] - 1) <= 0.02
         left = (losses["model"] - corpus.facts["loss_of_the_chain_itself"]) / (losses["unigram"] - losses["model"])
         assert config.kind == "iid" or left < 0.05  # of what there is to learn

@@ -9,14 +9,16 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dtlib import runs
+from dtlib import runs, workers
 from dtlib.errors import UserError
 from dtlib.model import build_model
 from dtlib.tasks import get_task
@@ -253,6 +255,36 @@ def test_seeds_trained_together_are_those_trained_one_by_one(hopper_file, tmp_pa
             assert ours["action_error"] == pytest.approx(theirs["action_error"], rel=1e-3)
             assert ours["training_loss"] is theirs["training_loss"] or ours["training_loss"] == pytest.approx(
                 theirs["training_loss"], rel=1e-3)
+
+
+class Threads(ThreadPoolExecutor):
+    """Workers that are threads, for what cannot be had here."""
+
+    def __init__(self, number, advice):
+        super().__init__(number)
+        self.steps = multiprocessing.Value("q")
+
+
+def test_every_card_has_one_run_at_a_time(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    chosen, busy, seen = threading.local(), [], []
+
+    def train(configs, device, on_steps):
+        assert device == "cuda" and chosen.card not in busy
+        busy.append(chosen.card)
+        time.sleep(0.05)
+        busy.remove(chosen.card)
+        seen.append((configs, chosen.card))
+    monkeypatch.setattr(workers, "Workers", Threads)
+    monkeypatch.setattr(runs, "fine_tune_together", train)
+    monkeypatch.setattr(runs, "choose_device", lambda device: "cuda")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: setattr(chosen, "card", card))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(runs.Run, "open", lambda path: path.name)
+    configs = [dataclasses.replace(config, learning_rate=rate * 1e-4) for rate in range(1, 8)]
+    assert runs.fine_tuned(configs, progress=False) == [config.name for config in configs]
+    assert sorted(own.name for given, _ in seen for own in given) == sorted(config.name for config in configs)
+    assert {card for _, card in seen} == {0, 1, 2}
 
 
 def test_every_parameter_changes_the_name():

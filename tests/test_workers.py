@@ -1,40 +1,12 @@
 import io
-import multiprocessing
 import os
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from dtlib import workers
 from dtlib.workers import in_threads, spread
-
-
-class Threads(ThreadPoolExecutor):
-    """Workers that are threads, for what cannot be had here."""
-
-    def __init__(self, number, advice):
-        super().__init__(number)
-        self.steps = multiprocessing.Value("q")
-
-
-def test_every_card_has_one_job_at_a_time(monkeypatch):
-    chosen, busy, seen = threading.local(), [], []
-
-    def job(item, device, on_steps):
-        assert device == "cuda" and chosen.card not in busy
-        busy.append(chosen.card)
-        time.sleep(0.05)
-        busy.remove(chosen.card)
-        seen.append((item, chosen.card))
-    monkeypatch.setattr(workers, "Workers", Threads)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda card: setattr(chosen, "card", card))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    spread(job, list(range(7)), "cuda", None, tqdm(disable=True))
-    assert sorted(item for item, _ in seen) == list(range(7)) and {card for _, card in seen} == {0, 1, 2}
 
 
 def test_one_process_does_it_here():
