@@ -89,7 +89,7 @@ def missing(profile: str, parameters: dict[str, object] | None = None) -> list[s
 def to_be_made(parameters: dict[str, object]) -> list:
     """PretrainConfigs of the starting points that a notebook with these ``parameters`` needs and this machine has not.
 
-    They are learnt in bfloat16 if the notebook's runs are, or if the processor multiplies it: 6 × 384 then takes a third.
+    They are learnt in bfloat16 where the card or the processor multiplies it: on a processor, 6 × 384 then takes a third.
     """
     import torch
 
@@ -99,7 +99,8 @@ def to_be_made(parameters: dict[str, object]) -> list:
         return [(name, size) for name in parameters.get(names, []) for size in sizes]
 
     own, found = [parameters.get("size", "mini")], []
-    fast = parameters.get("precision") == "bfloat16" or torch.cpu.get_capabilities().get("avx512_bf16")
+    on_card, on_processor = torch.cuda.is_available(), torch.cpu.get_capabilities().get("avx512_bf16")
+    fast = torch.cuda.is_bf16_supported(False) if on_card else on_processor
     wanted = [pair for names in ("initialisations", "control_donors", "control_hosts") for pair in pairs(names, own)]
     wanted += pairs("scaled", parameters.get("sizes", []))
     wanted += [("-".join(filter(None, (kind, amount))), size) for size, amounts in parameters.get("amounts", {}).items()

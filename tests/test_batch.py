@@ -289,6 +289,18 @@ def test_starting_points_that_are_absent_are_made_first(fast, repository, monkey
     assert made == [pretrain.PretrainConfig("markov", size="tiny", tokens="1k", precision=precision)]
 
 
+def test_no_two_notebooks_ask_for_one_starting_point_in_two_ways(monkeypatch, tmp_path):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    try:
+        folder = batch.repository() / "notebooks"
+    except UserError:
+        pytest.skip("the tests run outside the repository")
+    for profile in ("full", "gpu"):
+        jobs = batch.plan(folder, profile, None, {}, True)
+        points = {config for *_, values in jobs for config in profiles.to_be_made(values)}
+        assert len({config.name for config in points}) == len(points) > 5
+
+
 def test_each_profile_fits_the_real_notebooks():
     """Every name that a profile sets is a parameter of some notebook, of the right type."""
     try:
