@@ -17,11 +17,11 @@ from tqdm import tqdm
 from dtlib import data, plots
 from dtlib.model import DecisionTransformer, build_model
 from dtlib.tasks import get_task
-from dtlib.train import action_loss, make_optimiser, train_epoch
+from dtlib.train import action_loss, fast_precision, make_optimiser, train_epoch
 
 HERE, HOPPER = Path(__file__).parent, get_task("hopper")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAST = "bfloat16" if DEVICE == "cuda" or torch.cpu._is_avx512_bf16_supported() else "float32"
+FAST = fast_precision(DEVICE)
 SIZE, STEPS, BATCH, MEAN_OF = "chibit", 1000, 64, 25
 RATE = dict(learning_rate=1e-4, warmup_steps=100, gradient_clip=0.25)
 

@@ -36,13 +36,13 @@ from dtlib.evaluate import rollout
 from dtlib.model import SIZES, build_model
 from dtlib.physics import Environments
 from dtlib.tasks import get_task
-from dtlib.train import action_loss, make_optimiser, predict, train_epoch, train_together
+from dtlib.train import action_loss, fast_precision, make_optimiser, predict, train_epoch, train_together
 
 HERE = Path(__file__).parent
 HOPPER, CHEETAH = get_task("hopper"), get_task("halfcheetah")  # HalfCheetah never falls: all episodes have the same length
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = "gpt2" if DEVICE == "cuda" else "chibit"  # 12 × 768 × 12, or 3 × 128 × 1
-PRECISIONS = ["float32", "bfloat16"] if DEVICE == "cuda" or torch.cpu._is_avx512_bf16_supported() else ["float32"]
+PRECISIONS = list(dict.fromkeys(["float32", fast_precision(DEVICE)]))
 rows = []
 
 

@@ -91,16 +91,13 @@ def to_be_made(parameters: dict[str, object]) -> list:
 
     They are learnt in bfloat16 where the card or the processor multiplies it: on a processor, 6 × 384 then takes a third.
     """
-    import torch
-
-    from dtlib import model, pretrain
+    from dtlib import model, pretrain, train
 
     def pairs(names: str, sizes: list[str]) -> list[tuple[str, str]]:
         return [(name, size) for name in parameters.get(names, []) for size in sizes]
 
     own, found = [parameters.get("size", "mini")], []
-    on_card, on_processor = torch.cuda.is_available(), torch.cpu.get_capabilities().get("avx512_bf16")
-    fast = torch.cuda.is_bf16_supported(False) if on_card else on_processor
+    precision = train.fast_precision(train.choose_device("auto"))
     wanted = [pair for names in ("initialisations", "control_donors", "control_hosts") for pair in pairs(names, own)]
     wanted += pairs("scaled", parameters.get("sizes", []))
     wanted += [("-".join(filter(None, (kind, amount))), size) for size, amounts in parameters.get("amounts", {}).items()
@@ -115,5 +112,5 @@ def to_be_made(parameters: dict[str, object]) -> list:
             model.weights_folder(row, size, 0)
         except UserError:
             found.append(pretrain.PretrainConfig(row.made, model.made_size(row.made, size), tokens=row.tokens,
-                                                 precision="bfloat16" if fast else "float32"))
+                                                 precision=precision))
     return found

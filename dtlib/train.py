@@ -146,6 +146,12 @@ def choose_device(device: str) -> str:
     return available[-1] if device == "auto" else device
 
 
+def fast_precision(device: str) -> str:
+    """"bfloat16" where ``device`` multiplies it, else "float32"."""
+    fast = torch.cuda.is_bf16_supported(False) if device == "cuda" else torch.cpu.get_capabilities().get("avx512_bf16")
+    return "bfloat16" if fast else "float32"
+
+
 def save_state(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progress: dict) -> None:
     """Write all that an interrupted training needs to go on: weights, optimiser, and ``progress`` (JSON)."""
     tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}

@@ -280,6 +280,7 @@ def test_a_plan_counts_the_runs_and_runs_nothing(repository, capsys):
 def test_starting_points_that_are_absent_are_made_first(fast, repository, monkeypatch):
     from dtlib import pretrain
     made = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True} if fast else {})
     monkeypatch.setattr(pretrain, "pretrain_all", made.extend)
     write_notebook(repository / "notebooks" / "00_first.ipynb", "raise KeyError", parameters=POINTS.replace("cuda", "auto"))
@@ -289,25 +290,25 @@ def test_starting_points_that_are_absent_are_made_first(fast, repository, monkey
     assert made == [pretrain.PretrainConfig("markov", size="tiny", tokens="1k", precision=precision)]
 
 
-def test_no_two_notebooks_ask_for_one_starting_point_in_two_ways(monkeypatch, tmp_path):
-    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+@pytest.fixture
+def real_notebooks():
     try:
-        folder = batch.repository() / "notebooks"
+        return batch.repository() / "notebooks"
     except UserError:
         pytest.skip("the tests run outside the repository")
+
+
+def test_no_two_notebooks_ask_for_one_starting_point_in_two_ways(real_notebooks, monkeypatch, tmp_path):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
     for profile in ("full", "gpu"):
-        jobs = batch.plan(folder, profile, None, {}, True)
+        jobs = batch.plan(real_notebooks, profile, None, {}, True)
         points = {config for *_, values in jobs for config in profiles.to_be_made(values)}
         assert len({config.name for config in points}) == len(points) > 5
 
 
-def test_each_profile_fits_the_real_notebooks():
+def test_each_profile_fits_the_real_notebooks(real_notebooks):
     """Every name that a profile sets is a parameter of some notebook, of the right type."""
-    try:
-        folder = batch.repository() / "notebooks"
-    except UserError:
-        pytest.skip("the tests run outside the repository")
-    notebooks = batch.find(folder, None)
+    notebooks = batch.find(real_notebooks, None)
     known = {}
     for path in notebooks:
         known |= batch.defaults(nbformat.read(path, as_version=4), path.stem)
