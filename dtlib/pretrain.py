@@ -34,6 +34,7 @@ CHECKPOINTS = 20  # a training is measured, and can be resumed, at this many pla
 AT_ONCE = 8192  # tokens of a step that go through the model together, so that GPT-2's and ImageGPT's sizes fit 24 GB
 SMALL = dict(vocabulary=2048, sequence=128, batch_size=16, learning_rate=2e-3)
 LARGE = dict(vocabulary=16_384, sequence=1024, batch_size=64, learning_rate=3e-4)  # 65,536 tokens a step
+FEWEST = 480  # steps that an amount of tokens is divided into at least, by smaller batches: 15 of 65,536 would teach nothing
 STEPS = {"language": (3500, 15_000), "image": (2500, 15_000), "markov": (1500, 15_000), "iid": (300, 1500)}  # small, large
 
 
@@ -47,7 +48,7 @@ class PretrainConfig:
     corpus: str = ""  # see corpora.language and corpora.image; empty: what comes with every install
     vocabulary: Annotated[int, Field(ge=257, le=65535)] | None = None  # of the byte-level BPE
     sequence: Count | None = None  # tokens
-    tokens: Annotated[str, Field(pattern=r"^([1-9]\d*[kMB])?$")] = ""  # such as "10M": sets the steps
+    tokens: Annotated[str, Field(pattern=r"^([1-9]\d*[kMB])?$")] = ""  # such as "10M": sets the steps (see FEWEST)
     steps: Count | None = None
     batch_size: Count | None = None
     learning_rate: Positive | None = None  # after a warm-up of a twentieth of the steps; then falls linearly to 0
@@ -65,12 +66,15 @@ class PretrainConfig:
             own |= {"sequence": 256, "batch_size": 8}  # 16 × 16 pixels
         if config.size == "small":
             own["learning_rate"] = 1e-3
+        if config.tokens:
+            amount = int(config.tokens[:-1]) * {"k": 10**3, "M": 10**6, "B": 10**9}[config.tokens[-1]]
+            affordable = amount // (FEWEST * (config.sequence or own["sequence"]))
+            own["batch_size"] = max(1, min(own["batch_size"], affordable))
         for name, value in own.items():
             if not getattr(config, name):
                 object.__setattr__(config, name, value)
         steps = config.steps or STEPS[config.kind][not small]
         if config.tokens:
-            amount = int(config.tokens[:-1]) * {"k": 10**3, "M": 10**6, "B": 10**9}[config.tokens[-1]]
             steps = max(1, round(amount / config.batch_size / config.sequence))
             if config.steps not in (None, steps):
                 raise UserError(f"tokens={config.tokens} are {steps} steps here, not {config.steps}: leave out one of them.")
@@ -84,9 +88,10 @@ class PretrainConfig:
     @property
     def command(self) -> str:
         """What makes this starting point again."""
-        default = PretrainConfig(self.kind, self.size, self.seed)
-        changed = {name: value for name, value in vars(self).items()
-                   if value != getattr(default, name) and not (name == "steps" and self.tokens)}
+        default = PretrainConfig(self.kind, self.size, self.seed, tokens=self.tokens)
+        changed = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
+        if self.tokens:
+            changed = {"tokens": self.tokens} | {name: value for name, value in changed.items() if name != "steps"}
         return " ".join([f"python -m dtlib pretrain {self.kind} --size {self.size} --seed {self.seed}",
                          *(f"--set {shlex.quote(f'{name}={value}')}" for name, value in changed.items())])
 

@@ -70,6 +70,10 @@ def test_an_amount_of_tokens_sets_the_steps():
     config = PretrainConfig("language", tokens="1M", seed=2)
     assert config.steps == round(10**6 / 16 / 128) and config.name == "language-mini-1M-seed2"
     assert PretrainConfig(**dataclasses.asdict(config)) == config
+    # A large model's batch of 65,536 tokens would leave it 15 steps; of 100 million tokens it has enough.
+    few, many = (PretrainConfig("markov", "gpt2", tokens=amount) for amount in ("1M", "100M"))
+    assert (few.batch_size, few.steps) == (2, 488) and (many.batch_size, many.steps) == (64, 1526)
+    assert PretrainConfig("markov", "gpt2", tokens="1M", batch_size=64).steps == 15
     with pytest.raises(UserError, match="tokens=1M are 488 steps here, not 7"):
         PretrainConfig("language", tokens="1M", steps=7)
     with pytest.raises(UserError, match="Parameter tokens='many'"):
@@ -77,7 +81,8 @@ def test_an_amount_of_tokens_sets_the_steps():
 
 
 @pytest.mark.parametrize("config", [
-    PretrainConfig("iid"), PretrainConfig("markov", tokens="2M"),
+    PretrainConfig("iid"), PretrainConfig("markov", tokens="2M"), PretrainConfig("markov", "gpt2", tokens="10M"),
+    PretrainConfig("language", tokens="1M", batch_size=4),
     PretrainConfig("image", "imagegpt", 3, corpus="it's a folder", precision="bfloat16"),
     PretrainConfig("language", seed=2, corpus="wikitext-2", learning_rate=3e-5, weight_decay=0.0, vocabulary=500)])
 def test_the_recorded_command_makes_the_same_config(config, monkeypatch, tmp_path):
