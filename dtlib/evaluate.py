@@ -11,8 +11,9 @@ from dtlib.seeding import stream_seed
 from dtlib.tasks import Task
 
 
-# returns (E,) float64: undiscounted sums of rewards; lengths (E,) int64: environment steps
 class Episodes(NamedTuple):
+    """``returns`` (E,) float64: undiscounted sums of rewards; ``lengths`` (E,) int64: environment steps."""
+
     returns: np.ndarray
     lengths: np.ndarray
 

@@ -113,7 +113,7 @@ class Output:
         """
         cells = get_ipython().user_ns["In"]
         code = [path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))]
-        about = [cells, code, versions(), [run.record for run in runs]]
+        about = [cells, code, versions(), pd.__version__, [run.record for run in runs]]
         place = cache_root() / "measures" / self.profile / self.folder.name
         path = place / f"{name}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}.pickle"
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
