@@ -4,6 +4,7 @@ import nbformat
 import pytest
 
 from dtlib import batch, runs
+from dtlib.errors import UserError
 
 NOTEBOOKS = sorted((batch.repository() / "notebooks").glob("*.ipynb"))
 
@@ -43,3 +44,23 @@ def test_is_committed_clean_and_short(path):
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     assert max(len(cell.source.splitlines()) for cell in code) <= 40
+
+
+def test_sizes_and_amounts_add_up(tmp_path):
+    """Two batches, the second told of the first one's table, give what one batch of all amounts does, to the byte."""
+    def table(folder, amounts, **further):
+        wishes = {"pretrained": ["markov"], "amounts": amounts, "rate_factors": {"tiny": [1.0, 0.1]}, **further}
+        batch.run("smoke", ["11"], wishes, str(tmp_path / folder))
+        return tmp_path / folder / "smoke" / "11_size_and_amount" / "size_and_amount.csv"
+
+    first = table("first", {"tiny": ["4k"]})
+    at_once, both = table("at once", {"tiny": ["2k", "4k"]}), table("both", {"tiny": ["2k"]}, earlier=str(first))
+    assert both.read_bytes() == at_once.read_bytes() != first.read_bytes()
+    with pytest.raises(UserError, match="Of the 4 runs that .* shares with those made now, 0 are the same"):
+        table("other", {"tiny": []}, earlier=str(first), warmup_steps=3, no_context=2)
+
+
+def test_too_few_initialisations_are_said_before_hours_of_training():
+    for name, few in (("03", ["random", "language"]), ("05", ["random"])):
+        with pytest.raises(UserError, match=f"a random start with language.*got the initialisations {', '.join(few)}: give"):
+            batch.plan(NOTEBOOKS[0].parent, "laptop", [name], {"initialisations": few})
