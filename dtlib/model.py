@@ -81,6 +81,11 @@ def get_initialisation(name: str) -> Initialisation:
                     "config.json and model.safetensors of a GPT-2 or ImageGPT model.")
 
 
+def made_from(kind: str, tokens: str) -> str:
+    """Name of the initialisation ``kind`` after so many ``tokens`` ("language-10M"); of the kind's own number if empty."""
+    return f"{kind}-{tokens}" if tokens else kind
+
+
 def starting_point(kind: str, size: str, seed: int, tokens: str = "") -> Path:
     """Folder of a starting point made here: the shipped ones first, then this machine's own.
 

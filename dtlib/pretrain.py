@@ -31,6 +31,7 @@ from dtlib.workers import spread
 Count, Whole, Positive = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]
 KINDS = ("language", "image", "markov", "iid")
 CHECKPOINTS = 20  # a training is measured, and can be resumed, at this many places
+MEASURED = 64, 16_384  # held-out sequences and tokens, at most, whose loss is taken there
 AT_ONCE = 8192  # tokens of a step that go through the model together, so that GPT-2's and ImageGPT's sizes fit 24 GB
 SMALL = dict(vocabulary=2048, sequence=128, batch_size=16, learning_rate=2e-3)
 LARGE = dict(vocabulary=16_384, sequence=1024, batch_size=64, learning_rate=3e-4)  # 65,536 tokens a step
@@ -210,6 +211,7 @@ def _train(config: PretrainConfig, folder: Path, device: str, progress: bool, on
     held_out, state = torch.as_tensor(corpus.held_out), folder / "resume.safetensors"
     _write(folder / "training.json", {"config": dataclasses.asdict(config)})
     done = load_state(state, model, optimiser) if state.exists() else {"curve": [], "seconds": 0.0}
+    measured = held_out[:max(1, min(MEASURED[0], MEASURED[1] // config.sequence))]
     marks = sorted({round(config.steps * i / CHECKPOINTS) for i in range(CHECKPOINTS + 1)})
     before = marks[max(len(done["curve"]) - 1, 0)]
     on_steps(before)
@@ -235,7 +237,7 @@ def _train(config: PretrainConfig, folder: Path, device: str, progress: bool, on
                 on_steps(1)
             taken = marks[i] - marks[max(i - 1, 0)]
             done["curve"].append({"step": marks[i], "training_loss": float(total / taken) if taken else None,
-                                  "held_out_loss": held_out_loss(model, held_out[:64])})
+                                  "held_out_loss": held_out_loss(model, measured)})
             done["seconds"] += time.perf_counter() - began
             bar.set_postfix(held_out=f"{done['curve'][-1]['held_out_loss']:.3f}")
             save_state(state, model, optimiser, done)

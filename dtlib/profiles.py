@@ -100,7 +100,7 @@ def to_be_made(parameters: dict[str, object]) -> list:
     precision = train.fast_precision(train.choose_device("auto"))
     wanted = [pair for names in ("initialisations", "control_donors", "control_hosts") for pair in pairs(names, own)]
     wanted += pairs("scaled", parameters.get("sizes", []))
-    wanted += [("-".join(filter(None, (kind, amount))), size) for size, amounts in parameters.get("amounts", {}).items()
+    wanted += [(model.made_from(kind, amount), size) for size, amounts in parameters.get("amounts", {}).items()
                for kind, amount in pairs("pretrained", amounts)]
     if parameters.get("games"):
         wanted += pairs("game_initialisations", [parameters["game_settings"].get("size", "atari")])

@@ -227,6 +227,11 @@ def test_the_chain_is_a_softmax_of_uniform_numbers():
     assert (corpora.synthetic("markov", 0, 500).sample(largest, 2) == 99).all()  # the largest random number is a state too
 
 
+def test_the_held_out_sample_has_512_sequences_or_131072_tokens():
+    for sequence, count in ((128, 512), (256, 512), (1024, 128), (200_000, 1)):
+        assert corpora.synthetic("iid", 0, sequence).held_out.shape == (count, sequence + 1)
+
+
 @pytest.mark.parametrize("kind", ["markov", "iid"])
 def test_drawn_tokens_follow_the_chain(kind):
     corpus, matrix = corpora.synthetic(kind, 3, 64), corpora.transition_matrix(kind, 3)
