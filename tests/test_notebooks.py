@@ -57,9 +57,10 @@ def test_sizes_and_amounts_add_up(tmp_path):
     first = table("first", {"tiny": ["4k"]})
     at_once, both = table("at once", {"tiny": ["2k", "4k"]}), table("both", {"tiny": ["2k"]}, earlier=str(first))
     assert both.read_bytes() == at_once.read_bytes() != first.read_bytes()
-    further = pd.read_csv(table("further", {"tiny": ["2k"]}, earlier=str(first), pretrained=["iid"], context=1))
-    assert {*zip(further.kind, further.K, strict=True)} == {
-        ("random-matched", 20), ("random-matched", 1), ("markov", 20), ("markov", 1), ("iid", 1)}  # no second K of its own
+    one = table("one K", {"tiny": ["2k"]}, pretrained=["iid"], context=1)
+    joined = pd.read_csv(table("joined", {"tiny": ["2k"]}, earlier=str(one)))
+    assert {*zip(joined.kind, joined.K, strict=True)} == {
+        ("random-matched", 20), ("random-matched", 1), ("markov", 20), ("markov", 1), ("iid", 1)}
     with pytest.raises(UserError, match="Of the 4 runs that .* shares with those made now, 0 are the same"):
         table("other", {"tiny": []}, earlier=str(first), warmup_steps=3, no_context=2)
 
