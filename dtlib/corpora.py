@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dtlib.errors import UserError, atomic_write, cache_root, locked
 from dtlib.seeding import stream_seed
 
-HELD_OUT, HELD_OUT_TOKENS = 512, 131_072  # a corpus's held-out sample has that many sequences and tokens at most
+HELD_OUT = 512, 131_072  # sequences and tokens, at most, of a corpus's held-out sample
 STATES = 100  # of a Markov chain (Wang et al. 2024)
 TEMPERATURE = 0.25  # theirs is 1, where guessing is within 1 % of the entropy rate: minutes of training learn nothing there
 COLOURS = 512  # of an image's palette, as in ImageGPT
@@ -79,9 +79,10 @@ def _bigram_loss(drawn: np.ndarray, held_out: np.ndarray, back: int, unigram: np
     return float(-np.log(seen + left * unigram[after]).mean())
 
 
-def held_out_count(sequence: int) -> int:
-    """How many sequences of so many tokens are held out: fewer long ones, or a large model's loss takes longer than its steps."""
-    return max(1, min(HELD_OUT, HELD_OUT_TOKENS // sequence))
+def count_within(sequence: int, sequences: int, tokens: int) -> int:
+    """How many sequences of ``sequence`` tokens to measure a loss on, ``sequences`` and ``tokens`` at most: of long ones fewer,
+    or a large model's loss takes longer than its steps."""
+    return max(1, min(sequences, tokens // sequence))
 
 
 # --- language ---------------------------------------------------------------------------------------------------------
@@ -110,8 +111,8 @@ def language(corpus: str, sequence: int, vocabulary: int = 0, progress: bool = T
     def cut(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
         return tokens[starts[:, None] + np.arange(sequence + 1)].astype(np.int64)
 
-    count = min(held_out_count(sequence), len(kept) // sequence)
-    held_out = cut(kept, np.linspace(0, len(kept) - sequence - 1, count).astype(np.int64))
+    places = np.linspace(0, len(kept) - sequence - 1, min(count_within(sequence, *HELD_OUT), len(kept) // sequence))
+    held_out = cut(kept, places.astype(np.int64))
     return Corpus(vocabulary, lambda generator, count: cut(stream, generator.integers(len(stream) - sequence, size=count)),
                   held_out, facts, {"tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps(
                       {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}) + "\n"})
@@ -278,7 +279,8 @@ def image(corpus: str, sequence: int) -> Corpus:
 
     processor = {"image_processor_type": "ImageGPTImageProcessor", "size": {"height": side, "width": side},
                  "clusters": palette.cluster_centers_.round(6).tolist()}
-    held_out = crops(1, np.random.default_rng(stream_seed(0, "held-out crops")), held_out_count(sequence), mirror=False)
+    held_out = crops(1, np.random.default_rng(stream_seed(0, "held-out crops")), count_within(sequence, *HELD_OUT),
+                     mirror=False)
     facts = {"corpus": corpus, "side": side, "colours": COLOURS, "sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
              "pixels": {"train": sum(a[..., 0].size for a, _ in levels), "held_out": sum(b[..., 0].size for _, b in levels)}}
     return Corpus(COLOURS, lambda generator, count: crops(0, generator, count, mirror=True), held_out, facts,
@@ -353,7 +355,7 @@ def synthetic(kind: str, seed: int, sequence: int) -> Corpus:
             out[step] = ((first if step == 0 else cumulative[out[step - 1]]) < draw[:, None]).sum(-1)
         return np.ascontiguousarray(out.T)
 
-    held_out = sample(np.random.default_rng(stream_seed(seed, "held-out tokens")), held_out_count(sequence))
+    held_out = sample(np.random.default_rng(stream_seed(seed, "held-out tokens")), count_within(sequence, *HELD_OUT))
     known = float(-np.log(matrix[held_out[:, :-1], held_out[:, 1:]]).mean())
     facts = {"states": STATES, "temperature": TEMPERATURE if kind == "markov" else None, "entropy_rate": entropy_rate(matrix),
              "loss_of_the_chain_itself": known}

@@ -31,7 +31,7 @@ from dtlib.workers import spread
 Count, Whole, Positive = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]
 KINDS = ("language", "image", "markov", "iid")
 CHECKPOINTS = 20  # a training is measured, and can be resumed, at this many places
-MEASURED, MEASURED_TOKENS = 64, 16_384  # held-out sequences and tokens, at most, whose loss is taken there
+MEASURED = 64, 16_384  # held-out sequences and tokens, at most, whose loss is taken there
 AT_ONCE = 8192  # tokens of a step that go through the model together, so that GPT-2's and ImageGPT's sizes fit 24 GB
 SMALL = dict(vocabulary=2048, sequence=128, batch_size=16, learning_rate=2e-3)
 LARGE = dict(vocabulary=16_384, sequence=1024, batch_size=64, learning_rate=3e-4)  # 65,536 tokens a step
@@ -126,11 +126,6 @@ def token_loss(model: torch.nn.Module, sequences: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
 
 
-def measured_count(sequence: int) -> int:
-    """How many held-out sequences of so many tokens the loss curve is taken on: the whole sample would take too long."""
-    return max(1, min(MEASURED, MEASURED_TOKENS // sequence))
-
-
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, sequences: Tensor, batch_size: int = 32) -> float:
     """``token_loss`` over all of ``sequences`` (N, T + 1), without dropout, in float32."""
@@ -216,7 +211,7 @@ def _train(config: PretrainConfig, folder: Path, device: str, progress: bool, on
     held_out, state = torch.as_tensor(corpus.held_out), folder / "resume.safetensors"
     _write(folder / "training.json", {"config": dataclasses.asdict(config)})
     done = load_state(state, model, optimiser) if state.exists() else {"curve": [], "seconds": 0.0}
-    measured = held_out[:measured_count(config.sequence)]
+    measured = held_out[:corpora.count_within(config.sequence, *MEASURED)]
     marks = sorted({round(config.steps * i / CHECKPOINTS) for i in range(CHECKPOINTS + 1)})
     before = marks[max(len(done["curve"]) - 1, 0)]
     on_steps(before)
@@ -300,7 +295,7 @@ Held-out loss, nats per token (sequences of {config['sequence']} tokens from wha
 |---|---|
 {table}
 
-Loss curve (held out: the first {measured_count(config['sequence'])} sequences):
+Loss curve (held out: the first {corpora.count_within(config['sequence'], *MEASURED)} sequences):
 
 | step | training | held out |
 |---|---|---|
