@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import joblib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -59,7 +60,7 @@ def measured(repeats: int = 10) -> list[tuple[cost.Work, float]]:
 
 def fit() -> tuple[float, ...]:
     """The rates, none below zero, with the least sum of squared relative errors."""
-    cores = os.cpu_count()
+    cores = joblib.cpu_count()
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         found = [pair for future in [pool.submit(measured) for _ in range(cores)] for pair in future.result()]
     works, seconds = (np.array(column) for column in zip(*found, strict=True))
@@ -96,7 +97,7 @@ def draw(table: pd.DataFrame) -> None:
 def main() -> None:
     rates = fit()
     print("seconds per operation, byte, kernel, physics unit, round:", ", ".join(f"{rate:.3g}" for rate in rates))
-    machine = cost.Machine("this one", True, rates, os.cpu_count())
+    machine = cost.Machine("this one", True, rates, joblib.cpu_count())
     table = checked(machine)
     table.to_csv(HERE / "cost.csv", index=False, float_format="%.4g")
     for part, own in table.groupby("part", sort=False):

@@ -6,13 +6,13 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import threading
 from multiprocessing import current_process
 from pathlib import Path
 
 import gymnasium
 import h5py
+import joblib
 import mujoco
 import numpy as np
 from safetensors.numpy import load_file
@@ -64,7 +64,7 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
         if out.exists():
             return out
         # A daemon must not have children.
-        processes = 1 if current_process().daemon else min(os.cpu_count() or 1, steps // STEPS_A_PROCESS)
+        processes = 1 if current_process().daemon else min(joblib.cpu_count(), steps // STEPS_A_PROCESS)
         parts, taken = [], 0
         with (Workers(processes, "free some and run again") if processes > 1 else contextlib.nullcontext() as pool,
               tqdm(desc=f"collecting {task.name} {quality}", total=steps, unit=" steps", disable=not progress) as bar):

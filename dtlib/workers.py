@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolE
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
 
+import joblib
 import torch
 from tqdm import tqdm
 
@@ -67,11 +68,11 @@ def report(done: int) -> None:
 
 
 def spread(job: Callable, items: list, device: str, processes: int | None, bar: tqdm) -> None:
-    """``job(item, device, on_steps)`` for each of ``items``, several at once: one a core, or one a card.
+    """``job(item, device, on_steps)`` for each of ``items``, several at once: one for each core that this process may use, or one a card.
 
     ``bar`` counts what they give to ``on_steps``. With one of ``processes``, or one item, all happens in this one.
     """
-    processes = min(processes or (torch.cuda.device_count() if device == "cuda" else os.cpu_count()) or 1, len(items))
+    processes = min(processes or (torch.cuda.device_count() if device == "cuda" else joblib.cpu_count()), len(items))
     if processes <= 1:
         for item in items:
             job(item, device, bar.update)
@@ -103,7 +104,7 @@ def in_threads(job: Callable, jobs: Iterable, device: str) -> list:
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if device == "cpu" else threads)
     try:
-        with ThreadPoolExecutor(os.cpu_count() if device == "cpu" else 1) as pool:
+        with ThreadPoolExecutor(joblib.cpu_count() if device == "cpu" else 1) as pool:
             return list(pool.map(job, jobs))
     finally:
         torch.set_num_threads(threads)

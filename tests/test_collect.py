@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import h5py
+import joblib
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -198,7 +199,7 @@ def pools(monkeypatch):
     """Two processes for however few steps, whatever the machine; the list fills with the pools that are made."""
     made = []
     monkeypatch.setattr(module, "STEPS_A_PROCESS", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     monkeypatch.setattr(module, "Workers", lambda *arguments: made.append(Workers(*arguments)) or made[-1])
     return made
 
@@ -251,7 +252,6 @@ def test_workers_that_cannot_start_leave_the_process_as_it_was(monkeypatch):
 
 # A script without the usual guard around its main part.
 SIDE_BY_SIDE = """
-import os
 from dtlib import collect as module
 from dtlib.tasks import get_task
 class Say(module.tqdm):
@@ -261,7 +261,7 @@ class Say(module.tqdm):
     def update(self, steps):
         print("collecting", flush=True)
 print("script", flush=True)
-module.tqdm, os.cpu_count = Say, lambda: 2
+module.tqdm, module.joblib.cpu_count = Say, lambda: 2
 module.collect(get_task("hopper"), "random", 1_000_000, progress=False)
 """
 

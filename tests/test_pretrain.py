@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_a_large_batch_in_parts_is_the_whole_batch(tmp_path, monkeypatch):
 def test_side_by_side_is_one_by_one(tmp_path, monkeypatch, capsys):
     configs = [dataclasses.replace(MARKOV, seed=seed) for seed in (0, 1, 2)]
     monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     pretrain.pretrain_all(configs, "cpu")
     assert "pre-training 3 starting points" in (said := capsys.readouterr().err) and "60/60" in said
     for config in configs:
