@@ -28,7 +28,7 @@ class Task:
 
     def scores(self, returns: float | np.ndarray) -> dict[str, float | np.ndarray]:
         """Normalised scores 100·(return − random)/(expert − random): ``D4RL`` with D4RL's constants, ``Takagi`` with the mean
-        returns of D4RL's random and expert data sets. They differ by 9 to 14 % where a policy works, and by more near a
+        returns of D4RL's random and expert data sets. They differ by 7 to 14 % where a policy works, and by more near a
         random one's return: a score says nothing without its name."""
         references = {"D4RL": self.d4rl_reference, "Takagi": self.takagi_reference}
         return {scale: 100 * (returns - random) / (expert - random) for scale, (random, expert) in references.items()}
