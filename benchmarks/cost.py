@@ -97,7 +97,7 @@ def draw(table: pd.DataFrame) -> None:
 def main() -> None:
     rates = fit()
     print("seconds per operation, byte, kernel, physics unit, round:", ", ".join(f"{rate:.3g}" for rate in rates))
-    machine = cost.Machine("this one", True, rates, joblib.cpu_count())
+    machine = cost.Machine("this one", rates, joblib.cpu_count())
     table = checked(machine)
     table.to_csv(HERE / "cost.csv", index=False, float_format="%.4g")
     for part, own in table.groupby("part", sort=False):

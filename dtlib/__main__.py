@@ -15,8 +15,8 @@ class Commands(typer.core.TyperGroup):
         """Run a command; show what a user can put right as one line, and an interrupt as what it is."""
         try:
             return super().invoke(context)
-        except (UserError, KeyboardInterrupt) as error:
-            wrong = isinstance(error, UserError)
+        except (UserError, NotADirectoryError, FileExistsError, PermissionError, KeyboardInterrupt) as error:
+            wrong = not isinstance(error, KeyboardInterrupt)
             typer.echo(f"Error: {error}" if wrong else "\nInterrupted; run the same command again to resume.", err=True)
             raise typer.Exit(2 if wrong else 130) from error
 
@@ -62,9 +62,9 @@ def finetune(settings: list[str] = typer.Argument(None, help="name=value, e.g. s
 
 @app.command()
 def pretrain(kind: str = typer.Argument(help="language, image, markov or iid."),
-             size: str = typer.Option("mini", help="tiny, mini, chibit, small, gpt2 or imagegpt."), seed: int = 0,
-             corpus: str = typer.Option("", help="wikitext-2, wikitext-103, a folder of text or CIFAR-10's binary files; "
-                                                 "empty: what every install has."),
+             size: str = typer.Option("mini", help="tiny, mini, chibit, small, gpt2, imagegpt or atari."), seed: int = 0,
+             corpus: str = typer.Option("", help="python, wikitext-2, wikitext-103, a folder of text or CIFAR-10's "
+                                                 "binary files; empty: what every install has."),
              settings: list[str] = typer.Option(None, "--set", help="name=value, e.g. steps=1000; repeatable."),
              out: str = typer.Option(None, help="Folder; default: in the cache, where runs find it."),
              device: str = "auto") -> None:

@@ -72,8 +72,9 @@ def plan(folder: Path, profile: str, wanted: list[str] | None, overrides: dict[s
         values |= {name: convert(name, wishes[name], values[name]) for name in values if name in wishes}
         needed, given = notebook.metadata.get("dtlib", {}).get("initialisations", 0), values.get("initialisations", [])
         if len(given) < needed:
-            raise UserError(f"Notebook {path.stem} compares {' with '.join(['a random start', 'language', 'images'][:needed])}, in "
-                            f"this order, and got the initialisations {', '.join(given) or '(none)'}: give at least {needed}.")
+            roles = " with ".join(["a random start", "language", "images"][:needed])
+            raise UserError(f"Notebook {path.stem} compares {roles}, in this order, and got the initialisations "
+                            f"{', '.join(given) or '(none)'}: give at least {needed}.")
         jobs.append((path, notebook, values))
     if unknown := [name for name in overrides if name not in known]:
         raise UserError(f"Unknown parameter {unknown[0]!r}: the parameters are {', '.join(sorted(known))}.")

@@ -80,8 +80,8 @@ def _bigram_loss(drawn: np.ndarray, held_out: np.ndarray, back: int, unigram: np
 
 
 def count_within(sequence: int, sequences: int, tokens: int) -> int:
-    """How many sequences of ``sequence`` tokens to measure a loss on, ``sequences`` and ``tokens`` at most: of long ones fewer,
-    or a large model's loss takes longer than its steps."""
+    """How many sequences of ``sequence`` tokens to measure a loss on, ``sequences`` and ``tokens`` at most: of long ones
+    fewer, or a large model's loss takes longer than its steps."""
     return max(1, min(sequences, tokens // sequence))
 
 
@@ -106,7 +106,8 @@ def language(corpus: str, sequence: int, vocabulary: int = 0, progress: bool = T
         vocabulary = vocabulary or len(json.loads(tokenizer)["model"]["vocab"])
         stream, kept = file.get_tensor("train"), file.get_tensor("held_out")
     if min(len(stream), len(kept)) < sequence + 1:
-        raise UserError(f"The corpus {corpus!r} has only {len(stream) + len(kept)} tokens: give more text than that.")
+        raise UserError(f"The corpus {corpus!r} has only {len(stream)} tokens to learn from and {len(kept)} held out, where a "
+                        f"sequence takes {sequence + 1}: give more text.")
 
     def cut(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
         return tokens[starts[:, None] + np.arange(sequence + 1)].astype(np.int64)
@@ -232,6 +233,8 @@ def _tokenise(corpus: str, given: str | int, path: Path, progress: bool) -> None
         raise UserError(f"The corpus {corpus!r} has too little prose ({len(seen)} documents): give a folder with more text.")
     tokenizer = tokenizers.Tokenizer.from_str(given) if isinstance(given, str) else _learn(parts["train"], corpus, given)
     end = tokenizer.token_to_id("<|endoftext|>")  # after each document
+    if end is None:
+        raise UserError("The tokenizer has no token <|endoftext|>, which ends a document of GPT-2's: give a model that has it.")
     streams = {}
     for part, texts in parts.items():
         batches = (tokenizer.encode_batch(texts[i:i + 1000]) for i in tqdm(

@@ -45,7 +45,6 @@ class Machine:
     """Seconds that each unit of ``Work`` takes in a run, and how many runs go on ``side_by_side``."""
 
     name: str
-    measured: bool
     rates: tuple[float, float, float, float, float]  # as the fields of Work
     side_by_side: int = 1
 
@@ -58,11 +57,11 @@ def _card(name: str, operations: float, moved: float) -> Machine:
 
     A kernel is assumed to take 8 µs to start; physics runs in 8 threads of a processor like the measured one.
     """
-    return Machine(name, False, (1 / (0.4 * operations), 1 / (0.6 * moved), 8e-6, MEASURED.rates[3] / 8, MEASURED.rates[4]))
+    return Machine(name, (1 / (0.4 * operations), 1 / (0.6 * moved), 8e-6, MEASURED.rates[3] / 8, MEASURED.rates[4]))
 
 
 # Fitted by benchmarks/cost.py, both cores being busy.
-MEASURED = Machine("laptop (2 cores of a shared 2.5 GHz Xeon)", True, (6.4e-12, 1.4e-10, 1.84e-5, 1.59e-6, 3.94e-4), 2)
+MEASURED = Machine("laptop (2 cores of a shared 2.5 GHz Xeon)", (6.4e-12, 1.4e-10, 1.84e-5, 1.59e-6, 3.94e-4), 2)
 MACHINES = [MEASURED, _card("consumer card (RTX 4090)", 165e12, 1.0e12),
             _card("data-centre card (H100)", 989e12, 3.35e12)]
 

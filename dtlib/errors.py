@@ -1,9 +1,10 @@
-"""The one exception that users see, and the one way to write a file that is either whole or absent."""
+"""The one exception that users see, the one way to write a file that is either whole or absent, locks, and the cache."""
 
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -52,6 +53,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str | dict) -> None:
+    """Write text, or a dictionary as JSON, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dtlib.collect import POLICIES
 from dtlib.data import Trajectories, Windows
-from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, sha256, versions
+from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, sha256, versions, write_text
 from dtlib.evaluate import Episodes
 from dtlib.model import LAST, SIZES, STATES, DecisionTransformer, build_model, weights_digest
 from dtlib.seeding import stream_seed
@@ -55,10 +55,6 @@ class Game:
     reference: tuple[float, float]  # score of random actions, score of a human
     context: int = 30  # K
     batch_size: int = 128
-
-    def normalised(self, scores: float | np.ndarray) -> float | np.ndarray:
-        """Gamer-normalised score: 0 is random actions, 100 the human games tester."""
-        return 100 * (scores - self.reference[0]) / (self.reference[1] - self.reference[0])
 
 
 # Targets: Chen et al. 2021, table 8 ([code] has 14000 for Qbert and 1150 for Seaquest; its authors say to take the table's).
@@ -308,12 +304,12 @@ def game_loss(logits: Tensor, windows: Windows) -> Tensor:
 
 
 @torch.no_grad()
-def play(model: GameTransformer, game: Game, *, target_return: float, episodes: int, seed: int, first_episode: int = 0,
-         greedy: bool = False, sticky: bool = False, horizon: int = HORIZON) -> Episodes:
+def play(model: GameTransformer, game: Game, *, target_return: float, episodes: int, seed: int,
+         horizon: int = HORIZON) -> Episodes:
     """Scores and lengths of ``episodes`` games side by side, each asked for ``target_return``, cut at ``horizon`` steps.
 
-    Actions are drawn from the model's distribution [code], or are the likeliest (``greedy``). R̂ falls by the clipped rewards
-    that it is made of in the data; [code] subtracts the raw ones. Game e draws all from (seed, "game", first_episode + e).
+    Actions are drawn from the model's distribution [code]. R̂ falls by the clipped rewards that it is made of in the data;
+    [code] subtracts the raw ones. Game e draws all from (seed, "game", e).
     """
     def choose(states: np.ndarray, _: np.ndarray, rewards: np.ndarray) -> np.ndarray:
         encoded = model.encode(torch.from_numpy(states).to(device)[:, None])[:, 0]
@@ -324,13 +320,13 @@ def play(model: GameTransformer, game: Game, *, target_return: float, episodes: 
         logits = model.act(*(torch.stack(column, 1) for column in zip(*past, strict=True)), begins)
         draws = torch.tensor([[generator.random()] for generator in generators], device=device)
         drawn = (logits.double().softmax(-1).cumsum(-1)[:, :-1] < draws).sum(-1)
-        return past[-1][1].copy_(logits.argmax(-1) if greedy else drawn).cpu().numpy()
+        return past[-1][1].copy_(drawn).cpu().numpy()
 
     model.eval()
     device, steps = model.head.weight.device, []
-    generators = [np.random.default_rng(stream_seed(seed, "game", first_episode + e)) for e in range(episodes)]
+    generators = [np.random.default_rng(stream_seed(seed, "game", e)) for e in range(episodes)]
     past = deque(maxlen=len(model.embed_place) // 3)  # embedded states (E, D), actions and returns-to-go (E,)
-    for _, _, rewards, running in lockstep(game, generators, choose, sticky, horizon):
+    for _, _, rewards, running in lockstep(game, generators, choose, sticky=False, horizon=horizon):
         steps.append((rewards * running, running))
     return Episodes(*(np.sum(column, 0) for column in zip(*steps, strict=True)))
 
@@ -458,6 +454,5 @@ def _train_game(config: GameConfig, folder: Path, device: str, progress: bool) -
         save_file(model.state_dict(), temporary)
     record = {"config": dataclasses.asdict(config), "metrics": metrics,
               "versions": {**versions(), "ale-py": ale_py.__version__}}
-    with atomic_write(folder / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(folder / "run.json", record)
     state.unlink()

@@ -16,7 +16,7 @@ from dtlib.workers import end_with_parent
 NAME = "dtlib-forked"
 # Imported once, not in each kernel; a kernel shares nothing else with the one before it.
 PRELOADED = ["ipykernel.kernelapp", "ipywidgets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf",
-             "matplotlib.pyplot", "pandas", "scipy.stats", "tokenizers", "torch._dynamo", "dtlib.collect", "dtlib.games",
+             "matplotlib.pyplot", "pandas", "scipy.stats", "tokenizers", "torch._dynamo", "dtlib.collect",
              "dtlib.language_losses", "dtlib.plots", "dtlib.pretrain", "dtlib.probe", "dtlib.runs", "dtlib.verdicts"]
 
 

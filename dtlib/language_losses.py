@@ -22,7 +22,7 @@ from dtlib.seeding import stream_seed
 
 def annealing(step: int, steps: float = 5000) -> float:
     """The alignment's weight after ``step`` steps: 0.993 at first, one half at ``steps``/2, 0.0067 at ``steps`` [code]."""
-    return 1 / (1 + math.exp(5 - (steps - step) / (steps / 10)))
+    return 1 / (1 + math.exp(min(5 - (steps - step) / (steps / 10), 700.0)))  # of more, exp is too large for a float
 
 
 def cosine_centres(words: Tensor, number: int = 1000) -> Tensor:
@@ -73,7 +73,7 @@ def reading_loss(model: DecisionTransformer, words: Words, sequences: Tensor) ->
     return cross_entropy((hidden @ words.wte.T).flatten(0, 1), sequences[:, 1:].flatten())
 
 
-def text_for(folder: Path, corpus: str, progress: bool = False) -> corpora.Corpus:
+def text_for(folder: Path, corpus: str) -> corpora.Corpus:
     """``corpus`` as tokens of the language model in ``folder``, in sequences of all its positions; empty: what it learnt from.
 
     Raises UserError if the folder has no tokenizer, or as ``corpora.language`` does.
@@ -85,7 +85,7 @@ def text_for(folder: Path, corpus: str, progress: bool = False) -> corpora.Corpu
         corpus = corpus or (json.loads(record.read_text())["config"]["corpus"] if record.exists() else "wikitext-103")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} is no language model with a tokenizer ({error}): name one for co-training.") from error
-    return corpora.language(corpus, positions, progress=progress, tokenizer=tokenizer)
+    return corpora.language(corpus, positions, progress=False, tokenizer=tokenizer)
 
 
 def extend_positions(model: DecisionTransformer, positions: Tensor) -> None:
@@ -137,10 +137,10 @@ class LanguageLosses:
     """
 
     def __init__(self, model: DecisionTransformer, words: Words, folder: Path, *, alignment: float, alignment_steps: float,
-                 alignment_reduction: str, cotraining: float, cotraining_corpus: str, seed: int, centres: int = 1000):
+                 alignment_reduction: str, cotraining: float, cotraining_corpus: str, seed: int):
         self.model, self.words, self.alignment, self.cotraining, self.seed = model, words, alignment, cotraining, seed
         self.alignment_steps, self.alignment_reduction = alignment_steps, alignment_reduction
-        self.centres = cosine_centres(words.wte.detach().cpu(), centres).to(words.wte.device) if alignment else None
+        self.centres = cosine_centres(words.wte.detach().cpu()).to(words.wte.device) if alignment else None
         self.draw: Callable | None = text_for(folder, cotraining_corpus).sample if cotraining else None
 
     def __call__(self, windows: Windows, step: int) -> Tensor:

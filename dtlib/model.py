@@ -127,7 +127,12 @@ def weights_digest(initialisation: str, size: str, seed: int) -> str:
     if row.made is None and (row.weights is None or not Path(row.weights).is_dir()):
         return ""
     path = weights_folder(row, size, seed) / "model.safetensors"
-    return _digest(path, path.stat().st_mtime_ns) if path.is_file() else ""
+    return digest(path) if path.is_file() else ""
+
+
+def digest(path: Path) -> str:
+    """First 16 digits of a file's SHA-256, computed once for as long as the file stays the same."""
+    return _digest(path, path.stat().st_mtime_ns)
 
 
 @functools.cache

@@ -64,7 +64,8 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # How often each of 10,000 resamples draws each seed: one product gives all their means at once.
     draws = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=10_000)
     ends = np.percentile(draws / seeds @ values.reshape(seeds, -1), [2.5, 97.5], axis=0).reshape(2, *mean.shape)
-    return mean, *(ends if seeds > 1 else ends * np.nan)
+    low, high = np.minimum(ends[0], mean), np.maximum(ends[1], mean)  # of equal seeds, rounding can set them apart
+    return mean, *((low, high) if seeds > 1 else ends * np.nan)
 
 
 def span(values: np.ndarray, form: str = ".2f") -> str:

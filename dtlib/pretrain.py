@@ -22,11 +22,11 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, ImageGPTConfig, ImageGPTForCausalImageModeling
 
 from dtlib import corpora
-from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, versions
+from dtlib.errors import UserError, atomic_write, cache_root, checked, locked, versions, write_text
 from dtlib.model import SIZES, read_config, read_tensors
 from dtlib.seeding import stream_seed
 from dtlib.train import choose_device, load_state, save_state
-from dtlib.workers import spread
+from dtlib.workers import one_thread, spread
 
 Count, Whole, Positive = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]
 KINDS = ("language", "image", "markov", "iid")
@@ -182,12 +182,8 @@ def pretrain(config: PretrainConfig, folder: Path | None = None, device: str = "
             if {"tokens": "", **known} != dataclasses.asdict(config) and (known or place.is_file() or any(place.glob("*"))):
                 raise UserError(f"{place} holds something else than this starting point: give another --out, or remove it.")
         if not (folder / "training.json").exists():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1 if device == "cpu" else threads)  # the bytes must not depend on how many cores there are
-            try:
+            with one_thread(device):
                 _train(config, growing, device, progress, on_steps)
-            finally:
-                torch.set_num_threads(threads)
             os.rename(growing, folder)
         (folder / "resume.safetensors").unlink(missing_ok=True)
     return folder
@@ -209,7 +205,11 @@ def _train(config: PretrainConfig, folder: Path, device: str, progress: bool, on
     model = make_model(config, corpus.vocabulary).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     held_out, state = torch.as_tensor(corpus.held_out), folder / "resume.safetensors"
-    _write(folder / "training.json", {"config": dataclasses.asdict(config)})
+    begun = {"config": dataclasses.asdict(config), "corpus": json.loads(json.dumps(corpus.facts))}
+    if state.exists() and json.loads((folder / "training.json").read_text()).get("corpus", begun["corpus"]) != begun["corpus"]:
+        raise UserError(f"{folder} was begun on another text than is there now: bring it back (or the packages it came with), "
+                        "or remove the folder to begin anew.")
+    write_text(folder / "training.json", begun)
     done = load_state(state, model, optimiser) if state.exists() else {"curve": [], "seconds": 0.0}
     measured = held_out[:corpora.count_within(config.sequence, *MEASURED)]
     marks = sorted({round(config.steps * i / CHECKPOINTS) for i in range(CHECKPOINTS + 1)})
@@ -249,7 +249,7 @@ def _finish(config: PretrainConfig, folder: Path, corpus: corpora.Corpus, model:
     """Write what ``load_starting_point`` reads, with the held-out loss of the weights as they are stored."""
     model.half().save_pretrained(folder)
     for name, text in corpus.files.items():
-        _write(folder / name, text)
+        write_text(folder / name, text)
     with atomic_write(folder / "held_out.safetensors") as temporary:
         save_file({"tokens": torch.as_tensor(corpus.held_out).to(torch.uint16)}, temporary)
     loss = held_out_loss(model.float().to(device), torch.as_tensor(corpus.held_out))
@@ -258,13 +258,8 @@ def _finish(config: PretrainConfig, folder: Path, corpus: corpora.Corpus, model:
               "held_out": {"model": loss, **corpus.baselines()},
               "device": torch.cuda.get_device_name() if device == "cuda" else f"one {platform.machine()} core",
               "versions": versions() | {name: version(name) for name in ("tokenizers", "scikit-learn")}}
-    _write(folder / "README.md", model_card(record))
-    _write(folder / "training.json", record)
-
-
-def _write(path: Path, content: str | dict) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(content if isinstance(content, str) else json.dumps(content, indent=1) + "\n")
+    write_text(folder / "README.md", model_card(record))
+    write_text(folder / "training.json", record)
 
 
 def model_card(record: dict) -> str:

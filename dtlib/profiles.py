@@ -2,6 +2,7 @@
 
 import functools
 import http.client
+import importlib.util
 import urllib.request
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def missing(profile: str, parameters: dict[str, object] | None = None) -> list[s
               "1/replay_logs)" for game in parameters.get("games", [])
               if str(folder) != "collected" and not (folder / game).is_dir()]
     starts = [model.get_initialisation(name) for name in parameters.get("initialisations", [])]
+    variants, corpus = parameters.get("variants", []), parameters.get("cotraining_corpus", "python")
+    of_the_hub = not corpus and len(starts) > 1 and starts[1].made is None  # it learns on from wikitext-103
+    reads = ("wikitext" in corpus or of_the_hub) and {"co-training", "both losses", "random, both losses"} & set(variants)
+    lacks += [f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')" for package, extra, needed in (
+        ("ale_py", "games", parameters.get("games")), ("peft", "adapters", "adapters" in variants),
+        ("datasets", "wikitext", reads)) if needed and importlib.util.find_spec(package) is None]
     for weights in dict.fromkeys(row.weights for row in starts):
         here = weights is None or Path(weights).is_dir() or try_to_load_from_cache(weights, "config.json")
         if not here and unreachable(f"{constants.ENDPOINT}/{weights}/resolve/main/config.json"):
@@ -97,6 +104,9 @@ def to_be_made(parameters: dict[str, object]) -> list:
         return [(name, size) for name in parameters.get(names, []) for size in sizes]
 
     own, found = [parameters.get("size", "mini")], []
+    for size, amounts in parameters.get("amounts", {}).items():
+        if not isinstance(amounts, (list, tuple)):
+            raise UserError(f"amounts of {size} are {amounts!r}: expected a list, such as ['1M', ''].")
     precision = train.fast_precision(train.choose_device("auto"))
     wanted = [pair for names in ("initialisations", "control_donors", "control_hosts") for pair in pairs(names, own)]
     wanted += pairs("scaled", parameters.get("sizes", []))

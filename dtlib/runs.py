@@ -28,6 +28,7 @@ from dtlib.model import (
     SIZES,
     DecisionTransformer,
     build_model,
+    digest,
     get_initialisation,
     load_checkpoint,
     swap_block,
@@ -37,7 +38,7 @@ from dtlib.model import (
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
 from dtlib.train import action_error, choose_device, load_state, make_optimiser, save_state, train_epoch, train_together
-from dtlib.workers import spread
+from dtlib.workers import one_thread, spread
 
 Count, Whole = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]
 Positive, Probability = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0, lt=1)]
@@ -49,6 +50,7 @@ class RunConfig:
 
     task: str = "hopper"
     dataset: str = "collected:medium"
+    dataset_digest: str | None = None  # filled in, of a file's content
     dataset_steps: Count | None = None  # to collect (None: 100,000) or to read of a file (None: all)
     initialisation: str = "random"
     size: Literal[tuple(SIZES)] = "gpt2"  # of random weights and of those made here; others bring theirs
@@ -93,6 +95,8 @@ class RunConfig:
         config = checked(cls, values, build)
         if config.starting_weights is None:
             object.__setattr__(config, "starting_weights", _digests(config))
+        if config.dataset_digest is None and (path := Path(config.dataset).expanduser()).is_file():
+            object.__setattr__(config, "dataset_digest", digest(path))
         if config.target_return is None:
             object.__setattr__(config, "target_return", get_task(config.task).targets[0])
         return config
@@ -330,14 +334,8 @@ def fine_tune_together(configs: list[RunConfig], device: str = "cuda",
             begun.append((growing, final))
             if not (growing / "run.json").exists() or (growing / "resume.safetensors").exists():
                 trainings.append(_train(config, growing, device, on_steps))
-        threads = torch.get_num_threads()
-        # One thread on the CPU, so that the bytes do not depend on how many cores there are.
-        torch.set_num_threads(1 if device == "cpu" else threads)
-        try:
-            with torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
-                _advance(trainings, on_steps)
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread(device), torch.random.fork_rng([torch.cuda.current_device()] if device == "cuda" else []):
+            _advance(trainings, on_steps)
         for growing, final in begun:
             os.rename(growing, final)
     return [Run.open(runs_root() / config.name) for config in configs]

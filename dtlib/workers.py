@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from types import ModuleType
@@ -68,11 +68,14 @@ def report(done: int) -> None:
 
 
 def spread(job: Callable, items: list, device: str, processes: int | None, bar: tqdm) -> None:
-    """``job(item, device, on_steps)`` for each of ``items``, several at once: one for each core that this process may use, or one a card.
+    """``job(item, device, on_steps)`` for each of ``items``, several at once: one a core that this process may use, or one a
+    card.
 
     ``bar`` counts what they give to ``on_steps``. With one of ``processes``, or one item, all happens in this one.
     """
-    processes = min(processes or (torch.cuda.device_count() if device == "cuda" else joblib.cpu_count()), len(items))
+    if device == "cuda":
+        processes = min(processes or torch.cuda.device_count(), torch.cuda.device_count())
+    processes = min(processes or joblib.cpu_count(), len(items))
     if processes <= 1:
         for item in items:
             job(item, device, bar.update)
@@ -101,10 +104,16 @@ def in_threads(job: Callable, jobs: Iterable, device: str) -> list:
 
     On a CPU there is a thread a core and each job has one, so that numbers do not depend on how many cores there are.
     """
+    with one_thread(device), ThreadPoolExecutor(joblib.cpu_count() if device == "cpu" else 1) as pool:
+        return list(pool.map(job, jobs))
+
+
+@contextlib.contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    """Torch has one thread if ``device`` is the CPU, so that bytes do not depend on how many cores there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if device == "cpu" else threads)
     try:
-        with ThreadPoolExecutor(joblib.cpu_count() if device == "cpu" else 1) as pool:
-            return list(pool.map(job, jobs))
+        yield
     finally:
         torch.set_num_threads(threads)

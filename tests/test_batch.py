@@ -1,5 +1,6 @@
 """The batch runner, on throw-away notebooks: wrong names run nothing, a failing cell stops, figures are new."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -148,6 +149,32 @@ def test_a_device_that_is_absent_is_missing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert any("CUDA" in lack for lack in profiles.missing("gpu"))
     assert profiles.missing("laptop") == profiles.missing("smoke") == profiles.missing("full") == []
+
+
+def test_packages_that_are_absent_are_missing(monkeypatch):
+    monkeypatch.setattr(profiles, "unreachable", lambda address: "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    lacks = {name: [lack for lack in profiles.missing(name) if "package" in lack] for name in profiles.PROFILES}
+    games, adapters, wikitext = (f"the package {name} (pip install 'dtlib[{extra}]')" for name, extra in (
+        ("ale-py", "games"), ("peft", "adapters"), ("datasets", "wikitext")))
+    assert lacks == {"smoke": [games], "laptop": [], "full": [games, adapters], "gpu": [games],
+                     "paper": [games, adapters, wikitext]}
+    assert profiles.missing("laptop", {"variants": ["co-training"], "cotraining_corpus": "wikitext-2"}) == [wikitext]
+    assert profiles.missing("laptop", {"variants": ["alignment"], "cotraining_corpus": "wikitext-2"}) == []
+
+
+def test_amounts_are_lists():
+    with pytest.raises(UserError, match="amounts of mini are 5: expected a list"):
+        profiles.to_be_made({"pretrained": ["language"], "amounts": {"mini": 5}})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux")
+def test_what_kernels_share_needs_no_extra():
+    """Not even one that is installed here."""
+    script = ("import importlib, sys\nfrom dtlib import kernels\n"
+              "sys.modules.update(dict.fromkeys(['ale_py', 'peft', 'datasets']))\n"
+              "for name in kernels.PRELOADED: importlib.import_module(name)")
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 REPORT = """import json, os, sys

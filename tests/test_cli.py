@@ -57,6 +57,15 @@ def test_user_errors_are_one_line_with_status_2_and_leave_nothing(call, tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_file_where_a_folder_must_be_is_one_line(call, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for arguments in (["pretrain", "iid", "--set", "steps=1", "--out", str(tmp_path / "file" / "x")],
+                      ["figures", "smoke-test", "--figures", str(tmp_path / "file")], ["data", "hopper", "collected:random"]):
+        monkeypatch.setenv("DTLIB_CACHE", str(tmp_path / "file"))
+        result = call(*arguments)
+        assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("Error: "), arguments
+
+
 def test_figures_passes_on_what_was_asked(call, monkeypatch):
     asked = []
     monkeypatch.setattr(batch, "run", lambda *arguments: asked.append(arguments))

@@ -80,8 +80,12 @@ def test_language_of_a_folder(folder, cached, tmp_path):
     theirs, unseen = AutoTokenizer.from_pretrained(tmp_path), "Ωmega 東京 <b> \n\n  two  spaces"  # any bytes at all
     assert theirs(unseen)["input_ids"] == (ids := tokenizer.encode(unseen).ids) and theirs.eos_token_id == 0
     assert tokenizer.decode(ids) == unseen
-    with pytest.raises(UserError, match="has only .* tokens"):
-        language(folder, sequence=10**6)
+    for length in (10**6, len(streams["held_out"])):
+        with pytest.raises(UserError, match=f"has only .* held out, where a sequence takes {length + 1}"):
+            language(folder, sequence=length)
+    nameless = json.dumps({**json.loads(corpus.files["tokenizer.json"]), "added_tokens": []}).replace("<|endoftext|>", "end")
+    with pytest.raises(UserError, match="no token <.endoftext.>"):
+        corpora.language(str(folder), 20, progress=False, tokenizer=nameless)
 
 
 def test_language_is_cached_and_made_again_to_the_byte(folder, cached, monkeypatch, tmp_path):

@@ -71,7 +71,7 @@ def test_a_runs_work_adds_up():
     assert evaluation == pytest.approx(cost.rollouts("hopper", "mini", 4, np.array([10, 20])).plus(
         cost.rollouts("hopper", "mini", 4, np.array([30]))).plus(cost.forward("mini", 4, 512).times(2)))
     assert [lengths.tolist() for lengths in cost.expected_lengths(config)] == [[30] * 3, [500] * 3, [500] * 3]
-    machine = cost.Machine("one", True, (1.0, 10.0, 100.0, 1000.0, 10_000.0))
+    machine = cost.Machine("one", (1.0, 10.0, 100.0, 1000.0, 10_000.0))
     assert machine.seconds(cost.Work(1, 2, 3, 4, 5)) == 1 + 20 + 300 + 4000 + 50_000
 
 
@@ -93,4 +93,3 @@ def test_a_plan_is_said_in_numbers():
     assert f"{cost.disk(configs[0]):.1f} GB on the disk" in said
     hours = [line for line in said.splitlines() if "hours of runs" in line]
     assert len(hours) == len(cost.MACHINES)
-    assert not any(machine.measured for machine in cost.MACHINES[1:])

@@ -120,8 +120,7 @@ def test_bad_files_are_refused_in_a_sentence(tmp_path, change, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_games_and_their_scores():
-    assert PONG.normalised(np.array([-20.7, 14.6])).tolist() == [0, 100]
+def test_only_known_games_and_those_with_a_policy():
     with pytest.raises(UserError, match="breakout, qbert, pong, seaquest"):
         games.get_game("tetris")
     for game, steps in ("qbert", 100), ("pong", 0):

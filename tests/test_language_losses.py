@@ -70,6 +70,7 @@ def test_alignment_equals_loops_in_float64(reduction):
 def test_annealing_has_the_papers_values():
     assert [round(language_losses.annealing(step), 4) for step in (0, 2500, 5000)] == [0.9933, 0.5, 0.0067]
     assert [round(language_losses.annealing(step, 15_000), 4) for step in (0, 7500, 15_000)] == [0.9933, 0.5, 0.0067]
+    assert 0 <= language_losses.annealing(100_000, 300) < 1e-300  # long after it has faded
 
 
 def test_centres_are_means_of_the_words_nearest_to_them():

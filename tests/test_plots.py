@@ -36,6 +36,12 @@ def test_interval_of_three_seeds_is_their_range_and_of_one_seed_unknown():
     assert np.isnan([low, high]).all()
 
 
+def test_interval_of_equal_seeds_holds_their_mean():
+    for hits in range(1, 30):
+        mean, low, high = plots.interval(np.full((3, 1), 100 * hits / 29))
+        assert low <= mean <= high
+
+
 def test_interval_keeps_shape_and_repeats():
     values = np.random.default_rng(2).normal(size=(4, 2, 3))
     first, second = plots.interval(values), plots.interval(values)

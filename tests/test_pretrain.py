@@ -190,6 +190,24 @@ def test_killed_and_interrupted_trainings_go_on_to_the_same_bytes(tmp_path, monk
     assert not growing.exists()
 
 
+def test_another_text_under_the_same_name_is_noticed(tmp_path, monkeypatch):
+    text, clip, steps = tmp_path / "texts" / "a.txt", torch.nn.utils.clip_grad_norm_, []
+    text.parent.mkdir()
+    words = ["".join(random.Random(i).choices("etaoinshrdlu", k=5)) for i in range(99)]
+    prose = [" ".join(random.Random(i).choices(words, k=20)) for i in range(200)]
+    config = PretrainConfig("language", corpus=str(text.parent), vocabulary=300, **TINY)
+    text.write_text("\n\n\n".join(prose))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: clip(*given) if len(steps) < 6 and not steps.append(0)
+                      else signal.raise_signal(signal.SIGINT))
+        pretrain.pretrain(config, tmp_path / "model", "cpu", False)
+    text.write_text("\n\n\n".join(prose[:150]))
+    with pytest.raises(UserError, match="begun on another text"):
+        pretrain.pretrain(config, tmp_path / "model", "cpu", False)
+    text.write_text("\n\n\n".join(prose))
+    assert (pretrain.pretrain(config, tmp_path / "model", "cpu", False) / "model.safetensors").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(trained, tmp_path, monkeypatch):
     folder, config = trained["language"]
     monkeypatch.setattr(pretrain, "_train", lambda *arguments: pytest.fail("trained"))

@@ -290,7 +290,7 @@ def test_every_card_has_one_run_at_a_time(config, monkeypatch, tmp_path):
 def test_every_parameter_changes_the_name():
     changed = {"task": "walker2d", "dataset": "x.hdf5", "initialisation": "random-matched", "size": "mini", "dataset_steps": 7,
                "precision": "bfloat16", "compile": True, "gradient_clip": None, "checkpoints": (2,), "target_return": 1.0,
-               "donor": "random-matched", "reset_heads": (1,), "alignment": 0.1, "alignment_reduction": "mean",
+               "donor": "random-matched", "dataset_digest": "0123456789abcdef", "reset_heads": (1,), "alignment": 0.1, "alignment_reduction": "mean",
                "cotraining": 0.1, "cotraining_corpus": "x", "words": "random-matched",
                "extended_positions": True, "frozen_blocks": True, "delayed_rewards": True,
                "dropout": (0.5, 0.1, 0.1), "learning_rate_decay": True, "starting_weights": "0123456789abcdef"}
@@ -334,6 +334,15 @@ def test_damaged_runs_are_refused(uninterrupted, tmp_path, damage):
 def test_epoch_that_was_not_kept(uninterrupted):
     with pytest.raises(UserError, match="epoch_001"):
         uninterrupted.load_model(2)
+
+
+def test_a_file_that_changes_makes_another_run(hopper_file, tmp_path):
+    path, names = tmp_path / "mine.hdf5", []
+    for end in (b"", b"", b"one more byte"):
+        path.write_bytes(hopper_file.read_bytes() + end)
+        names.append(runs.RunConfig(dataset=str(path)).name)
+    assert names[0] == names[1] != names[2]
+    assert runs.RunConfig(dataset=str(path), dataset_digest=runs.digest(hopper_file)).name == names[0]  # as a record has it
 
 
 def test_changed_data_are_noticed_on_resume(config, tmp_path, monkeypatch):

@@ -19,6 +19,13 @@ def test_one_process_does_it_here():
     assert seen == [(item, "cpu", os.getpid()) for item in (1, 2, 3)] and bar.n == 6
 
 
+def test_more_processes_than_cards_are_not_started(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    seen = []
+    spread(lambda item, device, on_steps: seen.append((item, os.getpid())), [1, 2], "cuda", 2, tqdm(file=io.StringIO()))
+    assert seen == [(1, os.getpid()), (2, os.getpid())]
+
+
 def test_threads_keep_the_order_and_have_one_core_each():
     before = torch.get_num_threads()
 
