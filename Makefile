@@ -1,16 +1,24 @@
-# figures · test · lab · bench · clean: each builds .venv first if it is missing or out of date.
+# figures · test · lint · format · lab · bench · clean: each first builds .venv if it is out of date.
 PROFILE   ?= laptop
 NOTEBOOKS ?=
 # A name on PATH can be a version manager's empty shell, so python3.11 must run before it is chosen.
 PYTHON    ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 
-.PHONY: figures test lab bench clean
+.PHONY: figures test lint format lab bench clean
 
 figures: .venv/installed          # make figures PROFILE=smoke NOTEBOOKS="00 03"
 	.venv/bin/python -m dtlib figures --profile $(PROFILE) $(NOTEBOOKS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q -n 2 --dist loadgroup
+
+lint: .venv/installed
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+format: .venv/installed
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
 
 lab: .venv/installed
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[lab]'
@@ -26,7 +34,7 @@ bench: .venv/installed
 
 # Collected data and finished runs live in the user's cache folder (`python -m dtlib doctor` says where) and stay.
 clean:
-	rm -rf .venv build dtlib.egg-info .pytest_cache figures/smoke
+	rm -rf .venv build dtlib.egg-info .pytest_cache .ruff_cache figures/smoke
 
 # d4rl's own dependencies no longer install; the tests only need the reader inside it.
 .venv/installed: pyproject.toml constraints.txt

@@ -1,9 +1,10 @@
-"""Does the fast path learn as the plain one does? A thousand steps of each, from the same weights, on the same windows.
+"""Does the fast path learn as the plain one does? A thousand steps of each, on the same windows.
 
     python benchmarks/loss_curves.py            (ten minutes on two cores; part of `make bench`)
 
-The plain loop runs the same layers through transformers' own blocks, in float32, with torch's own dropout; it runs twice, with
-two streams of dropout, to show how far two runs differ by chance. Writes loss_curves.csv and .png into this folder.
+All start from the same weights. The plain loop runs the same layers through transformers' own
+blocks, in float32, with torch's own dropout. It runs twice, with two streams of dropout, to show
+how far two runs differ by chance. Writes loss_curves.csv and .png into this folder.
 """
 
 from pathlib import Path
@@ -14,20 +15,22 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from dtlib import data, plots
-from dtlib.model import DecisionTransformer, build_model
+from dtlib import data, figures
+from dtlib.devices import fast_precision
+from dtlib.model import DecisionTransformer
+from dtlib.starts import build_model
 from dtlib.tasks import get_task
-from dtlib.train import action_loss, fast_precision, make_optimiser, train_epoch
+from dtlib.train import action_loss, learning_rate_at, make_optimiser, train_epoch
 
 HERE, HOPPER = Path(__file__).parent, get_task("hopper")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = fast_precision(DEVICE)
 SIZE, STEPS, BATCH, MEAN_OF = "chibit", 1000, 64, 25
-RATE = dict(learning_rate=1e-4, warmup_steps=100, gradient_clip=0.25)
+PEAK, WARMUP, CLIP = 1e-4, 100, 0.25
 
 
 def plain_predictions(model: DecisionTransformer, windows: data.Windows) -> torch.Tensor:
-    """``model``'s predictions for every token, by transformers' blocks with a mask and torch's dropout."""
+    """Return predictions by transformers' own blocks, with a mask and torch's dropout."""
     tokens = model.embed(windows.states, windows.actions, windows.returns_to_go, windows.time_steps)
     hidden = torch.nn.functional.dropout(tokens, model.config.embd_pdrop)
     future = torch.full((tokens.shape[1],) * 2, -torch.inf, device=tokens.device).triu(1)
@@ -38,39 +41,64 @@ def plain_predictions(model: DecisionTransformer, windows: data.Windows) -> torc
     return torch.tanh(model.ln_f(hidden)[:, 1::3] @ model.embed_action.weight)
 
 
-def curve(sampler: data.WindowSampler, starts: torch.Tensor, plain: bool, dropout_seed: int, label: str) -> list[float]:
+def curve(
+    sampler: data.WindowSampler, starts: torch.Tensor, plain: bool, dropout_seed: int, label: str
+) -> list[float]:
     model = build_model("random", SIZE, HOPPER, seed=0, dropout=(0.1, 0.1, 0.1)).to(DEVICE)
-    optimiser, losses = make_optimiser(model, RATE["learning_rate"], 1e-4, 1e-8), []
+    optimiser, losses = make_optimiser(model, PEAK), []
     torch.manual_seed(dropout_seed)
     for step, row in enumerate(tqdm(starts, desc=label)):
         if not plain:
-            losses.append(train_epoch(model, optimiser, sampler, row[None], first_step=step, precision=FAST, **RATE))
+            options = {"rate": rate, "gradient_clip": CLIP, "precision": FAST}
+            losses.append(
+                train_epoch(model, optimiser, sampler, row[None], first_step=step, **options)
+            )
             continue
         windows = sampler.windows(row)
         loss = action_loss(plain_predictions(model, windows), windows)
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), RATE["gradient_clip"])
-        optimiser.param_groups[0]["lr"] = RATE["learning_rate"] * min((step + 1) / RATE["warmup_steps"], 1)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimiser.param_groups[0]["lr"] = rate(step)
         optimiser.step()
         losses.append(loss.item())
     return losses
 
 
+def rate(step: int) -> float:
+    return learning_rate_at(step, PEAK, WARMUP, STEPS)
+
+
 def main() -> None:
-    ways = {"plain, float32": (True, 0), "plain, other dropout": (True, 1), f"fast, {FAST}": (False, 2)}
+    ways = {
+        "plain, float32": (True, 0),
+        "plain, other dropout": (True, 1),
+        f"fast, {FAST}": (False, 2),
+    }
     looks = dict(zip(ways, ("data", "iid", "igpt"), strict=True))
     found, (figure, axes) = [], plt.subplots(1, 2, figsize=(7.0, 3.0))
     trajectories = data.load("collected:medium", HOPPER, steps=100_000)
     for ax, context in zip(axes, (20, 1), strict=True):
         sampler = data.WindowSampler(trajectories, context, HOPPER.return_scale, DEVICE)
-        starts = torch.randint(sampler.number_of_steps, (STEPS, BATCH), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        starts = torch.randint(
+            sampler.number_of_steps, (STEPS, BATCH), generator=torch.Generator().manual_seed(0)
+        ).to(DEVICE)
         for name, (plain, seed) in ways.items():
-            losses = np.reshape(curve(sampler, starts, plain, seed, f"K = {context}, {name}"), (-1, MEAN_OF)).mean(1)
+            losses = np.reshape(
+                curve(sampler, starts, plain, seed, f"K = {context}, {name}"), (-1, MEAN_OF)
+            ).mean(1)
             steps = MEAN_OF * np.arange(1, len(losses) + 1)
-            found += [{"K": context, "way": name, "step": step, "loss": loss}
-                      for step, loss in zip(steps, losses, strict=True)]
-            ax.plot(steps, losses, color=plots.COLOURS[looks[name]], linestyle="--" if "other" in name else "-", label=name)
+            found += [
+                {"K": context, "way": name, "step": step, "loss": loss}
+                for step, loss in zip(steps, losses, strict=True)
+            ]
+            ax.plot(
+                steps,
+                losses,
+                color=figures.COLOURS[looks[name]],
+                linestyle="--" if "other" in name else "-",
+                label=name,
+            )
         ax.set(title=f"K = {context}", xlabel="training step", yscale="log")
     axes[0].set_ylabel(f"loss, mean of {MEAN_OF} steps")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -79,11 +107,14 @@ def main() -> None:
     table.to_csv(HERE / "loss_curves.csv", index=False, float_format="%.5g")
     for context, own in table.groupby("K", sort=False):
         by_way = own.pivot(index="step", columns="way", values="loss")[list(ways)]
-        last = by_way.iloc[len(by_way) // 2:]
+        last = by_way.iloc[len(by_way) // 2 :]
         gap = [(last.iloc[:, i] / last.iloc[:, 0] - 1).mean() for i in (1, 2)]
-        print(f"K = {context}, second half: other dropout {gap[0]:+.2%}, fast {gap[1]:+.2%} of the plain loop's loss")
+        print(
+            f"K = {context}, second half: other dropout {gap[0]:+.2%}, fast {gap[1]:+.2%} of the "
+            "plain loop's loss"
+        )
 
 
 if __name__ == "__main__":
-    plots.use_style()
+    figures.use_style()
     main()

@@ -1,173 +1,236 @@
-"""Run the notebooks with papermill: check all first, use this interpreter, stop at a failing cell, leave no stale figure."""
+"""Run the notebooks: check all, pre-train what is missing, execute each, list its figures."""
 
 import ast
 import contextlib
+import io
 import json
 import logging
 import os
+import subprocess
+import symtable
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import nbformat
 from ipykernel.kernelspec import write_kernel_spec
-from pydantic import TypeAdapter, ValidationError
 
-from dtlib.errors import UserError, no_room
-from dtlib.plots import repository
-from dtlib.profiles import PROFILES, missing, to_be_made
+from dtlib import profiles
+from dtlib.config import RunConfig
+from dtlib.errors import UserError
+from dtlib.settings import fit, parse_settings
+from dtlib.storage import no_room, repository, write_text
 
 
-def convert(name: str, value: object, default: object) -> object:
-    """``value`` in the type of ``default`` (None: any): ints pass for floats, text is read, a list's also bare."""
-    if default is None or (isinstance(default, dict) and isinstance(value, str)):
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            value = ast.literal_eval(value)
-    if default is None:
-        return value
-    if isinstance(default, list) and isinstance(value, str) and value:
-        value = [item.strip(" '\"") for item in value.strip(" []()").split(",") if item.strip()]
-    if isinstance(default, list) and isinstance(value, (list, tuple)):
-        return [convert(name, item, default[0] if default else None) for item in value]
+class Job(NamedTuple):
+    """A notebook to run, the values of all its parameters, and those that the user set."""
+
+    path: Path
+    values: dict[str, object]
+    chosen: dict[str, object]
+
+
+def defaults(path: Path) -> dict[str, object]:
+    """Return names and values of a notebook's cell tagged "parameters". Raises UserError."""
+    cells = nbformat.read(path, as_version=4).cells
     try:
-        adapter = TypeAdapter(type(default))
-        return adapter.validate_strings(value) if isinstance(value, str) else adapter.validate_python(value, strict=True)
-    except ValidationError as error:
-        raise UserError(f"Parameter {name} got {value!r}: expected {type(default).__name__}, such as {default!r}.") from error
-
-
-def defaults(notebook: nbformat.NotebookNode, name: str) -> dict[str, object]:
-    """Names and values of the notebook's cell tagged "parameters", which may hold nothing but plain values."""
-    try:
-        (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-        return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
+        (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        lines = ast.parse(cell.source).body
+        return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
     except (ValueError, SyntaxError, AttributeError) as error:
-        raise UserError(f"Notebook {name} needs one cell tagged 'parameters' of lines like epochs = 3 ({error}).") from error
+        needs = "needs one cell tagged 'parameters' of lines like seeds = [0]"
+        raise UserError(f"Notebook {path.stem} {needs} ({error}).") from error
 
 
 def find(folder: Path, wanted: list[str] | None) -> list[Path]:
-    """The notebooks of ``folder`` named in ``wanted`` by number or name, in order; all of them if it is empty."""
+    """Return the notebooks of ``folder`` with these numbers or names, in order; all by default."""
     known = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not known:
-        raise UserError(f"There is no notebook in {folder}: expected names such as 00_sanity_check.ipynb.")
-    names = {alias: path for path in known for alias in (path.stem, path.name, path.stem[:2], str(int(path.stem[:2])))}
-    if unknown := [name for name in wanted or [] if name not in names]:
-        raise UserError(f"Unknown notebook {unknown[0]!r}: the notebooks are {', '.join(path.stem for path in known)}.")
-    return sorted({names[name] for name in wanted}) if wanted else known
+        raise UserError(f"There is no notebook in {folder}: expected names such as 00_first.ipynb.")
+    names = {alias: path for path in known for alias in (path.stem, path.name, path.stem[:2])}
+    found = {name: names.get(name.zfill(2)) for name in wanted or names}
+    if unknown := [name for name, path in found.items() if path is None]:
+        listed = ", ".join(path.stem for path in known)
+        raise UserError(f"Unknown notebook {unknown[0]!r}: the notebooks are {listed}.")
+    return sorted(set(found.values()))
 
 
-def plan(folder: Path, profile: str, wanted: list[str] | None, overrides: dict[str, object],
-         elsewhere: bool = False) -> list[tuple]:
-    """What to run, here or ``elsewhere``: (path, notebook, all its parameters), checked. An override must be a parameter of
-    some notebook."""
-    if profile not in PROFILES:
-        raise UserError(f"Unknown profile {profile!r}: the profiles are {', '.join(PROFILES)}.")
-    jobs, known, wishes = [], set(), {**PROFILES[profile], **overrides, "profile": profile}
-    for path in find(folder, wanted):
-        notebook = nbformat.read(path, as_version=4)
-        values = defaults(notebook, path.stem)
-        known |= set(values) - {"profile"}
-        values |= {name: convert(name, wishes[name], values[name]) for name in values if name in wishes}
-        needed, given = notebook.metadata.get("dtlib", {}).get("initialisations", 0), values.get("initialisations", [])
-        if len(given) < needed:
-            roles = " with ".join(["a random start", "language", "images"][:needed])
-            raise UserError(f"Notebook {path.stem} compares {roles}, in this order, and got the initialisations "
-                            f"{', '.join(given) or '(none)'}: give at least {needed}.")
-        jobs.append((path, notebook, values))
-    if unknown := [name for name in overrides if name not in known]:
-        raise UserError(f"Unknown parameter {unknown[0]!r}: the parameters are {', '.join(sorted(known))}.")
-    if not elsewhere and (lacks := dict.fromkeys(lack for *_, values in jobs for lack in missing(profile, values))):
-        raise UserError(f"The {profile} profile cannot run here; it lacks: {'; '.join(lacks)}.")
+def plan(
+    folder: Path, profile: str, wanted: list[str] | None, settings: dict | Iterable[str]
+) -> list[Job]:
+    """Return what to run, checked. ``settings``, a dict or texts to parse, replace the profile's.
+
+    Training settings among them go into ``overrides``. Raises UserError.
+    """
+    given, trained = profiles.load_profile(profile)["notebooks"], profiles.settings(profile)
+    notebooks = {path: defaults(path) for path in find(folder, wanted)}
+    known = {name: value for values in notebooks.values() for name, value in values.items()}
+    known = (trained if "overrides" in known else {}) | known
+    known.pop("profile", None)
+    if not isinstance(settings, dict):
+        settings = parse_settings(settings, known)
+    if unknown := [name for name in settings if name not in known]:
+        names = ", ".join(sorted(known))
+        raise UserError(f"Unknown parameter {unknown[0]!r}: the parameters are {names}.")
+    jobs, wishes = [], given | settings | {"profile": profile}
+    for path, values in notebooks.items():
+        values |= {name: fit(name, wishes[name], values[name]) for name in wishes if name in values}
+        if "overrides" in values:
+            moved = {name: settings[name] for name in settings if name not in values}
+            values["overrides"] |= {name: moved[name] for name in moved if name in trained}
+            for arguments in (profiles.training, profiles.without_context):
+                arguments(profile, values["overrides"])  # checks them
+        jobs.append(Job(path, values, {name: values[name] for name in settings if name in values}))
     return jobs
 
 
 class _AskedFor(Exception):
-    """Ends a notebook's cell once it is known which runs it wants."""
+    """Ends a notebook's cell once it is known which runs it asks for."""
 
 
-def asked_for(notebook: nbformat.NotebookNode, values: dict[str, object]) -> list:
-    """The RunConfigs that a notebook first asks ``runs.fine_tuned`` for, found by executing that cell after the first one,
-    with its parameters' ``values``; for a process of its own. Starting points that do not exist yet count as if they did.
+def asked_for(path: Path, values: dict[str, object]) -> list[RunConfig]:
+    """Return the runs that a notebook first asks ``runs.fine_tuned`` for, and train none.
+
+    Executes that cell and the earlier ones that it needs, with ``values`` for the parameters.
     """
-    from dtlib import runs
-    found, digests = [], runs._digests
+    from dtlib import runs  # slow to import
 
-    def known(config: runs.RunConfig) -> str:
-        with contextlib.suppress(UserError):
-            return digests(config)
-        return "to be made"
+    found, scope, chosen, wanted = [], {}, [], set()
 
-    def note(configs: list[runs.RunConfig], *_: object, **__: object) -> None:
+    def note(configs: list[RunConfig], *_: object, **__: object) -> None:
         found.extend(configs)
         raise _AskedFor
 
-    runs.fine_tuned, runs._digests, scope = note, known, {}
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    if asking := next((source for source in code if "runs.fine_tuned(" in source), None):
-        with contextlib.suppress(_AskedFor, UserError):  # the notebook itself will say what is wrong
-            exec(code[0], scope)
-            exec(asking, scope | values | {"device": "auto"})
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    for cell in reversed(cells):
+        defined, used = _names(cell.source)
+        if "runs.fine_tuned(" in cell.source:
+            chosen, wanted = [cell], used  # the first such cell is the last one here
+        elif defined & wanted:
+            chosen, wanted = [cell, *chosen], used | wanted
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    # A UserError: the notebook itself will say it.
+    with patch.object(runs, "fine_tuned", note), contextlib.suppress(_AskedFor, UserError), quiet:
+        for cell in chosen:
+            exec(cell.source, scope)
+            scope.update(values if "parameters" in cell.metadata.get("tags", []) else {})
     return found
 
 
-def cost_of(profile: str, jobs: list[tuple], points: list) -> str:
-    """What ``cost.say_plan`` says of the runs that ``jobs`` ask for."""
-    from dtlib import cost, runs  # slow to import
-    from dtlib.workers import Workers
-    with Workers(1, "run the notebooks one by one") as pool:
-        given = [pool.submit(asked_for, notebook, values) for _, notebook, values in jobs]
-        asked = list(dict.fromkeys(config for future in given for config in future.result()))
-    return cost.say_plan(profile, asked, [c for c in asked if not (runs.runs_root() / c.name).exists()], points)
+def _names(source: str) -> tuple[set[str], set[str]]:
+    """Global names that a cell defines, and those that it uses."""
+    tables = [symtable.symtable(source, "cell", "exec")]
+    top = tables[0].get_symbols()
+    for table in tables:
+        tables += table.get_children()
+    symbols = [symbol for table in tables for symbol in table.get_symbols()]
+    defined = {symbol.get_name() for symbol in top if symbol.is_assigned() or symbol.is_imported()}
+    return defined, {s.get_name() for s in symbols if s.is_global() and s.is_referenced()}
 
 
-def run(profile: str, notebooks: list | None = None, overrides: dict | None = None, figures: str = "figures",
-        only_plan: bool = False) -> dict:
-    """Run ``notebooks`` (numbers or names, default all) into ``figures``; print and return each one's seconds.
+def run(
+    profile: str,
+    notebooks: list[str] | None = None,
+    settings: dict | Iterable[str] = (),
+    figures: str = "figures",
+    only_plan: bool = False,
+) -> dict[str, float]:
+    """Run ``notebooks`` (numbers or names; default all) into ``figures``; return their seconds.
 
-    Starting points that are needed and absent are made first. Of the profiles that take hours a plan is printed; and of each
-    with ``only_plan``, after which nothing runs.
+    First pre-trains the models that they need. Prints a plan for profiles that take hours, and
+    does no more with ``only_plan``. Raises UserError.
     """
-    from dtlib.kernels import preload  # these are slow to import
-    metadata = {} if only_plan else preload()
-    import papermill
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # its own reader of parameter cells warns wrongly
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # echoes each Ctrl-C at length
-    root, seconds, overrides = repository(), {}, overrides or {}
-    jobs = plan(root / "notebooks", profile, notebooks, overrides, only_plan)
-    points = list(dict.fromkeys(config for *_, values in jobs for config in to_be_made(values)))
-    if only_plan or profile in ("full", "gpu", "paper"):
-        print(cost_of(profile, jobs, points))
+    root, seconds = repository(), {}
+    jobs = plan(root / "notebooks", profile, notebooks, settings)
+    lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
+    if lacks and not only_plan:
+        lacks = "; ".join(dict.fromkeys(lacks))
+        raise UserError(f"The {profile} profile cannot run here; it lacks: {lacks}.")
+    points = {p: None for job in jobs for p in profiles.to_be_pretrained(profile, job.values)}
+    if only_plan or profile not in ("smoke", "laptop"):
+        from dtlib import planning  # slow to import
+
+        asked = {config: None for job in jobs for config in asked_for(job.path, job.values)}
+        print(planning.describe(profile, list(asked), list(points)))
     if only_plan:
         return seconds
     if points:
-        from dtlib import cost, pretrain  # slow to import
-        print(f"Starting points that do not exist yet are made first: {', '.join(config.name for config in points)}.")
-        pretrain.pretrain_all(sorted(points, key=lambda config: -cost.of_pretraining(config).operations))  # the longest first
-    for path, notebook, values in jobs:
-        began, folder = time.time(), root / figures / profile / path.stem
-        folder.mkdir(parents=True, exist_ok=True)
-        copy, chosen = folder / "executed.ipynb", {name: values[name] for name in overrides if name in values}
-        variables = {"DTLIB_FIGURES": str(root / figures), "DTLIB_OVERRIDES": json.dumps(chosen)}
-        try:
-            with tempfile.TemporaryDirectory() as home, patch.dict(os.environ, variables, JUPYTER_PATH=home), no_room(copy):
-                write_kernel_spec(Path(home, "kernels", "python3"), {"metadata": metadata},
-                                  extra_arguments=["--log-level=CRITICAL"])  # this interpreter; as for asyncio above
-                papermill.execute_notebook(notebook, str(copy).replace("{", "{{").replace("}", "}}"), values, cwd=root,
-                                           kernel_name="python3", language="python", progress_bar={"desc": path.stem},
-                                           stderr_file=sys.stderr)  # progress inside a cell
-        except papermill.PapermillExecutionError as error:
-            first, last = error.source.strip().splitlines()[0], error.evalue.strip().rpartition("\n")[-1]
-            raise UserError(f"Notebook {path.stem} failed in cell [{error.exec_count}] ({first}): {error.ename}: {last} "
-                            f"(the whole traceback is in {copy})") from error
-        except RuntimeError as error:  # the kernel died
-            raise UserError(f"Notebook {path.stem} stopped: {error}, perhaps for lack of memory; see {copy}.") from error
-        promised = notebook.metadata.get("dtlib", {}).get("figures", [])
-        for file in [*(folder / f"{f}.{end}" for f in promised for end in ("png", "pdf", "csv")), folder / "results.json"]:
-            if not file.exists() or file.stat().st_mtime < began:
-                raise UserError(f"Notebook {path.stem} ended without writing {file}, which it promises.")
-        seconds[path.stem] = time.time() - began
+        from dtlib.pretraining.training import pretrain_all
+
+        print(f"Pre-training first: {', '.join(point.name for point in points)}.")
+        pretrain_all(sorted(points, key=lambda point: -point.steps * point.batch_size))
+    for job in jobs:
+        began, folder = time.time(), root / figures / profile / job.path.stem
+        execute(job, root, folder)
+        list_figures(job.path, folder, began)
+        seconds[job.path.stem] = time.time() - began
     for name, value in {**seconds, "total": sum(seconds.values())}.items():
         print(f"{name:<32}{value:>9.1f} s")
     return seconds
+
+
+def execute(job: Job, root: Path, folder: Path) -> None:
+    """Execute a notebook with this interpreter in ``root``; keep what it shows in ``folder``.
+
+    Raises UserError if a cell fails.
+    """
+    import papermill  # slow to import
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns wrongly about parameters
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it echoes each Ctrl-C at length
+    folder.mkdir(parents=True, exist_ok=True)
+    name, copy = job.path.stem, folder / "executed.ipynb"
+    settings = {"cwd": root, "kernel_name": "python3", "language": "python"}
+    # The second shows progress inside a cell.
+    settings |= {"progress_bar": {"desc": name}, "stderr_file": sys.stderr}
+    with no_room(copy), tempfile.TemporaryDirectory() as home:
+        write_kernel_spec(Path(home, "kernels/python3"), extra_arguments=["--log-level=CRITICAL"])
+        about = {"DTLIB_FIGURES": str(folder.parents[1]), "DTLIB_OVERRIDES": json.dumps(job.chosen)}
+        output = str(copy).replace("{", "{{").replace("}", "}}")
+        notebook = nbformat.read(job.path, as_version=4)
+        try:
+            with patch.dict(os.environ, about, JUPYTER_PATH=home):
+                papermill.execute_notebook(notebook, output, job.values, **settings)
+        except papermill.PapermillExecutionError as error:
+            first, last = error.source.strip().splitlines()[0], error.evalue.strip().split("\n")[-1]
+            raise UserError(
+                f"Notebook {name} failed in cell [{error.exec_count}] ({first}): {error.ename}: "
+                f"{last} (the whole traceback is in {copy})"
+            ) from error
+        except RuntimeError as error:  # the kernel died
+            reason = f"{error}, perhaps for lack of memory; see {copy}"
+            raise UserError(f"Notebook {name} stopped: {reason}.") from error
+
+
+def list_figures(path: Path, folder: Path, began: float) -> None:
+    """Write figures.json: for each figure its notebook, its cell's tag and the commit.
+
+    Removes figures from before ``began``. Raises UserError if a promised file is not new, and for a
+    figure that belongs to no cell tagged "figure-<name>".
+    """
+    notebook = nbformat.read(path, as_version=4)
+    promised = notebook.metadata.get("dtlib", {}).get("figures", [])
+    files = [folder / f"{name}.{end}" for name in promised for end in ("png", "pdf", "csv")]
+    for file in [*files, folder / "results.json"]:
+        if not file.exists() or file.stat().st_mtime < began:
+            raise UserError(f"Notebook {path.stem} did not write {file}, which it promises.")
+    tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
+    git = subprocess.run(
+        "git rev-parse HEAD", shell=True, cwd=path.parent, capture_output=True, text=True
+    )
+    found = {}
+    for png in sorted(folder.glob("*.png")):
+        if png.stat().st_mtime < began:
+            for end in ("png", "pdf", "csv"):
+                png.with_suffix(f".{end}").unlink(missing_ok=True)
+            continue
+        own = [tag for tag in tags if f"figure-{png.stem}_".startswith(f"{tag}_")]
+        if not own:
+            raise UserError(f"Notebook {path.stem} has no cell tagged figure-{png.stem}.")
+        cell, commit = max(own, key=len), git.stdout.strip()
+        found[png.stem] = {"notebook": path.stem, "cell": cell, "commit": commit}
+    write_text(folder / "figures.json", found)

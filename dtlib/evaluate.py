@@ -1,4 +1,4 @@
-"""Return-conditioned rollouts, many episodes in lockstep."""
+"""Return-conditioned rollouts of many episodes at once."""
 
 from typing import NamedTuple
 
@@ -12,42 +12,59 @@ from dtlib.tasks import Task
 
 
 class Episodes(NamedTuple):
-    """``returns`` (E,) float64: undiscounted sums of rewards; ``lengths`` (E,) int64: environment steps."""
+    """``returns`` (E,) float64 are undiscounted; ``lengths`` (E,) int64 are environment steps."""
 
     returns: np.ndarray
     lengths: np.ndarray
 
 
 @torch.no_grad()
-def rollout(model: DecisionTransformer, task: Task, state_mean: np.ndarray, state_std: np.ndarray, *, target_return: float,
-            episodes: int, context: int, seed: int, first_episode: int = 0, horizon: int | None = None,
-            delayed: bool = False) -> Episodes:
-    """Let the model act in ``episodes`` episodes at once, each asked for ``target_return`` (papers A and B, evaluation).
+def rollout(
+    model: DecisionTransformer,
+    task: Task,
+    state_mean: np.ndarray,
+    state_std: np.ndarray,
+    *,
+    target_return: float,
+    episodes: int,
+    context: int,
+    seed: int,
+    first_episode: int = 0,
+    horizon: int | None = None,
+    delayed: bool = False,
+) -> Episodes:
+    """Let the model act in ``episodes`` episodes, and ask for ``target_return`` in each.
 
-    R̂ starts at target/scale and falls by reward/scale (``delayed``: not before the episode's end); the model sees the last
-    ``context`` steps, and its action is executed. Episode e starts from the stream (seed, "evaluation", first_episode + e),
-    whatever runs beside it; the model's batched arithmetic may differ from that for one episode in the last bits.
-    state_mean, state_std: (S,).
+    The return-to-go starts at target/scale and falls by reward/scale after each step (not at all if
+    rewards are ``delayed``). The model sees the last ``context`` steps. state_mean and state_std
+    (S,) standardise the states. Episode e has the stream (seed, "evaluation", first_episode + e),
+    so it is the same whichever episodes run beside it. ``horizon``: None is the task's.
     """
     model.eval()
-    device, dtype = model.embed_state.weight.device, model.embed_state.weight.dtype
-    horizon = horizon or task.horizon
-    environments = Environments(task, [stream_seed(seed, "evaluation", first_episode + e) % 2**31 for e in range(episodes)],
-                                torch.get_num_threads())
-    mean, std, observed = state_mean.astype(np.float64), state_std.astype(np.float64), environments.observations
-    states = torch.zeros(episodes, horizon, task.state_dim, device=device, dtype=dtype)
-    actions = torch.zeros(episodes, horizon, task.action_dim, device=device, dtype=dtype)
-    returns_to_go = torch.zeros(episodes, horizon, device=device, dtype=dtype)
+    weight = model.embed_state.weight
+    like, horizon = {"device": weight.device, "dtype": weight.dtype}, horizon or task.horizon
+    numbers = range(first_episode, first_episode + episodes)
+    seeds = [stream_seed(seed, "evaluation", number) % 2**31 for number in numbers]
+    environments = Environments(task, seeds, torch.get_num_threads())
+    mean, std = state_mean.astype(np.float64), state_std.astype(np.float64)
+    states = torch.zeros(episodes, horizon, task.state_dim, **like)
+    actions = torch.zeros(episodes, horizon, task.action_dim, **like)
+    returns_to_go = torch.zeros(episodes, horizon, **like)
     returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
-    alive = np.arange(episodes)
+    alive, observed = np.arange(episodes), environments.observations
     for t in range(horizon):
-        rows = torch.as_tensor(alive, device=device)
-        states[rows, t] = torch.as_tensor((observed - mean) / std, device=device, dtype=dtype)
+        rows = torch.as_tensor(alive, device=weight.device)
+        states[rows, t] = torch.as_tensor((observed - mean) / std, **like)
         still_to_come = (target_return - returns[alive] * (not delayed)) / task.return_scale
-        returns_to_go[rows, t] = torch.as_tensor(still_to_come, device=device, dtype=dtype)
+        returns_to_go[rows, t] = torch.as_tensor(still_to_come, **like)
         seen = slice(max(0, t + 1 - context), t + 1)
-        time_steps = torch.arange(seen.start, seen.stop, device=device).expand(len(alive), -1)
-        chosen = model.act(states[rows, seen], actions[rows, seen], returns_to_go[rows, seen], time_steps)
+        time_steps = torch.arange(seen.start, seen.stop, device=weight.device)
+        chosen = model.act(
+            states[rows, seen],
+            actions[rows, seen],
+            returns_to_go[rows, seen],
+            time_steps.expand(len(alive), -1),
+        )
         actions[rows, t] = chosen
         observed, rewards, ends = environments.step(alive, chosen.double().cpu().numpy())
         returns[alive] += rewards

@@ -1,4 +1,4 @@
-"""One row a claim: what the paper says, the rule that decides it, what was found, and what follows."""
+"""One row a claim: what the paper says, the rule that decides it, what was found, what follows."""
 
 import numpy as np
 from scipy import special
@@ -6,20 +6,34 @@ from scipy import special
 MEASURES = ("as released", "as written", "corrected")
 
 
-def decide(section: str, claim: str, rule: str, measure: str, task: str, values: np.ndarray, threshold: float = 0.0) -> dict:
-    """A row for notebook 10, decided by one number a seed, ``values`` (seeds,): the claim says they exceed ``threshold``.
+def decide(
+    section: str, claim: str, rule: str, measure: str, task: str, values, threshold: float = 0.0
+) -> dict:
+    """A row of notebook 10: the claim says that ``values`` (seeds,) exceed ``threshold``.
 
-    Their mean's 95 % t-interval over seeds decides: all of it above, "supported"; all below, "not supported"; else, and with
-    fewer than three seeds, "undecided". ``section``: of the paper, as in "A 5.1"; ``rule``: one sentence that names the
-    effect; ``measure``: one of MEASURES. Raises ValueError for another.
+    Their mean's 95 % t-interval over seeds decides. All of it above: "supported"; all of it below:
+    "not supported"; otherwise, and with fewer than three seeds: "undecided". ``section`` is one of
+    the paper, as in "A 5.1"; ``rule`` is one sentence that names the effect; ``measure`` is one of
+    MEASURES. Raises ValueError for another measure.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure is {measure!r}; expected one of {MEASURES}")
     values = np.asarray(values, dtype=np.float64)
-    effect, low, high = values.mean(), np.nan, np.nan
-    if len(values) > 2:
-        half = special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values) ** 0.5
+    effect, low, high, seeds = values.mean(), np.nan, np.nan, len(values)
+    if seeds > 2:
+        half = special.stdtrit(seeds - 1, 0.975) * values.std(ddof=1) / seeds**0.5
         low, high = effect - half, effect + half
-    verdict = "supported" if low > threshold else "not supported" if high < threshold else "undecided"
-    return {"section": section, "claim": claim, "rule": rule, "measure": measure, "task": task, "effect": effect, "low": low,
-            "high": high, "threshold": threshold, "seeds": len(values), "verdict": verdict}
+    verdict = (
+        "supported" if low > threshold else "not supported" if high < threshold else "undecided"
+    )
+    about = {"section": section, "claim": claim, "rule": rule, "measure": measure, "task": task}
+    found = {"effect": effect, "low": low, "high": high, "threshold": threshold, "seeds": seeds}
+    return {**about, **found, "verdict": verdict}
+
+
+def effect_in_words(row: dict, form: str = ".2f") -> str:
+    """The effect of ``decide``'s row, and its interval where there are three seeds or more."""
+    words = f"{row['effect']:{form}}"
+    if np.isnan(row["low"]):
+        return words
+    return f"{words}, 95 % t-interval {row['low']:{form}} to {row['high']:{form}}"

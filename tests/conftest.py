@@ -1,19 +1,38 @@
-"""Shared by the tests: a cache of their own, and real Hopper data collected into it once."""
+"""Shared by the tests: a cache of their own, real Hopper data, and the notebooks' measures."""
 
+import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dtlib.collect import collect
+from dtlib.sources.collected import collect
 from dtlib.tasks import get_task
 
-torch.set_num_threads(1)  # as every run on a CPU has; faster for models this small, too
+torch.set_num_threads(1)  # as in every run on a CPU; faster for models this small, too
+
+
+def cells(notebook: str, tag: str) -> SimpleNamespace:
+    """What the cells of ``notebooks/<notebook>.ipynb`` with that tag define, executed in order.
+
+    Such a cell imports what it needs itself. Raises ValueError where no cell has the tag.
+    """
+    path = Path(__file__).parents[1] / "notebooks" / f"{notebook}.ipynb"
+    found, scope = 0, {"__name__": notebook}
+    for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code" and tag in cell["metadata"].get("tags", []):
+            exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), scope)
+            found += 1
+    if not found:
+        raise ValueError(f"{path.name} has no cell tagged {tag!r}")
+    return SimpleNamespace(**scope)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of two processes each takes whole files, but for the notebooks, half of all the work, which are divided."""
+    """Of two processes each takes whole files; the notebooks, half of all the work, are divided."""
     for item in items:
         other = ("[02_", "[04_", "[07_", "[08_", "[11_")
         slow = item.path.stem == "test_notebooks" and any(number in item.name for number in other)
@@ -34,5 +53,5 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hopper_file(cache):
-    """A few hundred episodes of uniformly random actions in the real environment, in D4RL's layout."""
+    """A few hundred episodes of random actions in the real environment, in D4RL's layout."""
     return collect(get_task("hopper"), "random", 3000, seed=0, progress=False)

@@ -1,4 +1,4 @@
-"""The batch runner, on throw-away notebooks: wrong names run nothing, a failing cell stops, figures are new."""
+"""The batch runner on throw-away notebooks: wrong names run nothing, figures are new."""
 
 import importlib.util
 import json
@@ -11,25 +11,32 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import yaml
 
-from dtlib import batch, profiles
+from dtlib import batch, planning, profiles
+from dtlib.config import RunConfig
 from dtlib.errors import UserError
+from dtlib.pretraining import training as pretraining
+from dtlib.settings import parse_settings
+from dtlib.storage import repository as find_repository
 
 PARAMETERS = """profile = "laptop"
 tasks = ["hopper"]  # x = y: papermill's own reader would stumble over this
 seeds = [0, 1,
          2]
-epochs = 3
-learning_rate = 1e-3
+steps = 3
+rate = 1e-3
 fast = False
-size = "mini"
+name = "mini"
 limit = None
-more = {"a": 0}"""
+more = {"a": [0]}"""
 
 
-def write_notebook(path, *cells, parameters=PARAMETERS, figures=()):
+def write_notebook(path, *cells, parameters=PARAMETERS, figures=(), tags=()):
+    """Write a notebook of a cell with parameters and ``cells``; all of those get ``tags``."""
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)])
+    rest = [nbformat.v4.new_code_cell(cell, metadata={"tags": list(tags)}) for cell in cells]
+    notebook = nbformat.v4.new_notebook(cells=[first, *rest])
     notebook.metadata["dtlib"] = {"figures": list(figures)}
     nbformat.write(notebook, path)
 
@@ -40,35 +47,46 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").touch()
     write_notebook(tmp_path / "notebooks" / "00_first.ipynb")
-    write_notebook(tmp_path / "notebooks" / "01_second.ipynb", parameters='profile = "laptop"\nwidth = 2')
+    second = 'profile = "laptop"\nwidth = 2'
+    write_notebook(tmp_path / "notebooks" / "01_second.ipynb", parameters=second)
     monkeypatch.chdir(tmp_path / "notebooks")
     return tmp_path
 
 
-def plan(repository, profile="laptop", wanted=None, **overrides):
-    return batch.plan(repository / "notebooks", profile, wanted, overrides)
+def plan(repository, profile="laptop", wanted=None, settings=(), **values):
+    return batch.plan(repository / "notebooks", profile, wanted, values or settings)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (dict(profile="desktop"), "Unknown profile 'desktop': the profiles are smoke, laptop, full, gpu, paper"),
-    (dict(wanted=["first"]), "Unknown notebook 'first': the notebooks are 00_first, 01_second"),
-    (dict(wanted=["00", "7"]), "Unknown notebook '7'"),
-    (dict(epoch=2), "'epoch': the parameters are epochs, fast, learning_rate, limit, more, seeds, size, tasks, width"),
-    (dict(wanted=["00"], width=2), "Unknown parameter 'width'"),
-    (dict(profile="laptop", epochs="many"), "epochs got 'many': expected int, such as 3"),
-    (dict(epochs=2.5), "epochs got 2.5: expected int"),
-    (dict(epochs=True), "epochs got True: expected int"),
-    (dict(epochs=None), "epochs got None: expected int"),
-    (dict(learning_rate="fast"), "learning_rate got 'fast': expected float, such as 0.001"),
-    (dict(fast="perhaps"), "fast got 'perhaps': expected bool"),
-    (dict(fast=1), "fast got 1: expected bool"),
-    (dict(tasks=""), "tasks got '': expected list"),
-    (dict(seeds=3), "seeds got 3: expected list"),
-    (dict(seeds="0,one"), "seeds got 'one': expected int"),
-    (dict(size=3), "size got 3: expected str"),
-    (dict(more="{a"), "more got '{a': expected dict"),
-])
-def test_wrong_names_and_values_are_one_clear_line_and_leave_nothing(repository, arguments, message):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"profile": "desktop"},
+            "Unknown profile 'desktop': the profiles are full, gpu, laptop, p",
+        ),
+        ({"wanted": ["first"]}, "Unknown notebook 'first': the notebooks are 00_first, 01_second"),
+        ({"wanted": ["00", "7"]}, "Unknown notebook '7'"),
+        ({"step": 2}, "'step': the parameters are fast, limit, more, name, rate, seeds, steps, t"),
+        ({"epochs": 2}, "Unknown parameter 'epochs'"),  # no notebook here has overrides
+        ({"wanted": ["00"], "width": 2}, "Unknown parameter 'width'"),
+        ({"steps": "many"}, "steps got 'many': expected int, such as 3"),
+        ({"steps": 2.5}, "steps got 2.5: expected int"),
+        ({"steps": True}, "steps got True: expected int"),
+        ({"steps": None}, "steps got None: expected int"),
+        ({"rate": "fast"}, "rate got 'fast': expected float, such as 0.001"),
+        ({"fast": "perhaps"}, "fast got 'perhaps': expected bool"),
+        ({"fast": 1}, "fast got 1: expected bool"),
+        ({"tasks": ""}, "tasks got '': expected list[str]"),
+        ({"seeds": 3}, "seeds got 3: expected list[int], such as [0, 1, 2]"),
+        ({"seeds": [0, "one"]}, "seeds got [0, 'one']: expected list[int]"),
+        ({"name": 3}, "name got 3: expected str"),
+        ({"more": "{a"}, "more got '{a': expected dict[str, list[int]]"),
+        ({"more": {"a": 5}}, "more got {'a': 5}: expected dict[str, list[int]]"),
+    ],
+)
+def test_wrong_names_and_values_are_one_clear_line_and_leave_nothing(
+    repository, arguments, message
+):
     before = sorted(repository.rglob("*"))
     with pytest.raises(UserError) as caught:
         batch.run(arguments.pop("profile", "laptop"), arguments.pop("wanted", None), arguments)
@@ -79,39 +97,87 @@ def test_wrong_names_and_values_are_one_clear_line_and_leave_nothing(repository,
 
 def test_the_profile_is_no_parameter(repository):
     with pytest.raises(UserError, match="Unknown parameter 'profile'"):
-        batch.run("laptop", None, {"profile": "paper"})
+        batch.run("laptop", None, ["profile=paper"])
 
 
-@pytest.mark.parametrize(("name", "value", "expected"), [
-    ("learning_rate", "1e-4", 1e-4), ("learning_rate", 1, 1.0), ("learning_rate", "2", 2.0), ("epochs", "7", 7),
-    ("seeds", "3,4", [3, 4]), ("seeds", "[3, 4]", [3, 4]), ("seeds", "3", [3]), ("seeds", (3, 4), [3, 4]),
-    ("seeds", "[]", []),
-    ("tasks", "hopper", ["hopper"]), ("tasks", "[hopper, walker2d]", ["hopper", "walker2d"]),
-    ("tasks", "['hopper', 'walker2d']", ["hopper", "walker2d"]), ("fast", "true", True), ("fast", "False", False),
-    ("size", "12", "12"), ("limit", "5", 5), ("limit", "some", "some"), ("limit", None, None),
-    ("more", "{'a': 1}", {"a": 1}),
-])
-def test_text_takes_the_type_of_the_default(repository, name, value, expected):
-    values = plan(repository, wanted=["00"], **{name: value})[0][2]
-    assert values[name] == expected
-    assert type(values[name]) is type(expected)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rate=1e-4", 1e-4),
+        ("rate=2", 2.0),
+        ("steps=7", 7),
+        ("seeds=3,4", [3, 4]),
+        ("seeds=[3, 4]", [3, 4]),
+        ("seeds=(3, 4)", [3, 4]),
+        ("seeds=3", [3]),
+        ("seeds=[]", []),
+        ("tasks=hopper", ["hopper"]),
+        ("tasks=hopper,walker2d", ["hopper", "walker2d"]),
+        ("tasks=[hopper, walker2d]", ["hopper", "walker2d"]),
+        ("tasks=['hopper', 'walker2d']", ["hopper", "walker2d"]),
+        ("fast=true", True),
+        ("fast=False", False),
+        ("name=12", "12"),
+        ("name=a=b,c", "a=b,c"),
+        ("limit=5", 5),
+        ("limit=some", "some"),
+        ("limit=none", None),
+        ("more={'a': [1]}", {"a": [1]}),
+    ],
+)
+def test_text_takes_the_type_of_the_default(repository, text, expected):
+    name = text.partition("=")[0]
+    (job,) = plan(repository, wanted=["00"], settings=[text])
+    assert job.values[name] == expected and job.chosen == {name: expected}
+    assert type(job.values[name]) is type(expected)
+
+
+def test_values_take_the_type_of_the_default(repository):
+    (job,) = plan(repository, wanted=["00"], rate=1, seeds=(3, 4), limit=None)
+    assert job.values["rate"] == 1.0 and type(job.values["rate"]) is float
+    assert job.values["seeds"] == [3, 4] and job.values["limit"] is None
+
+
+def test_settings_without_examples_are_literals_or_text():
+    texts = ["a=1", "b=1e-3", "c=True", "d=none", "e=0,1", "f=10M", "g=", "h=x,1", "i"]
+    values = {"a": 1, "b": 1e-3, "c": True, "d": None, "e": [0, 1], "f": "10M", "g": ""}
+    assert parse_settings(texts) == values | {"h": ["x", 1], "i": ""}
 
 
 def test_notebooks_are_found_by_number_and_name_in_order(repository):
     for wanted in (None, [], ["1", "00"], ["01_second", "00_first.ipynb", "0"]):
-        assert [path.stem for path, _, _ in plan(repository, wanted=wanted)] == ["00_first", "01_second"]
-    assert [path.stem for path, _, _ in plan(repository, wanted=["01"])] == ["01_second"]
+        jobs = plan(repository, wanted=wanted)
+        assert [job.path.stem for job in jobs] == ["00_first", "01_second"]
+    assert [job.path.stem for job in plan(repository, wanted=["01"])] == ["01_second"]
 
 
-def test_profiles_set_what_a_notebook_has_and_overrides_come_last(repository):
-    (_, _, first), (_, _, second) = plan(repository, "smoke", epochs=9)
-    assert first["seeds"] == profiles.PROFILES["smoke"]["seeds"]
-    assert first["epochs"] == 9
-    assert first["profile"] == second["profile"] == "smoke"
-    assert set(second) == {"profile", "width"}
+def test_profiles_set_what_a_notebook_has_and_settings_come_last(repository):
+    first, second = plan(repository, "smoke", steps=9)
+    assert first.values["seeds"] == profiles.load_profile("smoke")["notebooks"]["seeds"]
+    assert first.values["steps"] == 9
+    assert first.values["profile"] == second.values["profile"] == "smoke"
+    assert set(second.values) == {"profile", "width"}
 
 
-@pytest.mark.parametrize("cell", ["seeds = list(range(3))", "import os", "a, b = 1, 2", "seeds = [0"])
+def test_training_settings_go_into_the_overrides(repository):
+    parameters = 'profile = "laptop"\noverrides = {}\nseeds = [0]\ndropout = 1'
+    write_notebook(repository / "notebooks" / "00_first.ipynb", parameters=parameters)
+    texts = ["epochs=5", "dataset=walker,1", "no_context_batch_size=2", "seeds=1", "dropout=3"]
+    first, second = plan(repository, settings=[*texts, "checkpoints=1,2"])
+    changed = {"epochs": 5, "dataset": "walker,1", "no_context_batch_size": 2}
+    assert first.values["overrides"] == changed | {"checkpoints": [1, 2]}
+    assert first.values["seeds"] == [1] and first.values["dropout"] == 3  # the notebook's own
+    assert set(first.chosen) == {"seeds", "dropout"} and second.chosen == {}
+    for wrong in ("epochs", "no_context_batch_size"):
+        with pytest.raises(UserError, match=f"{wrong.removeprefix('no_context_')}='many'"):
+            plan(repository, settings=[f"{wrong}=many"])
+    with pytest.raises(UserError, match="Unknown setting 'epoch': the training settings are datas"):
+        plan(repository, overrides={"epoch": 1})
+
+
+@pytest.mark.parametrize(
+    "cell", ["seeds = list(range(3))", "import os", "a, b = 1, 2", "seeds = [0"]
+)
 def test_parameter_cells_hold_plain_values_only(repository, cell):
     write_notebook(repository / "notebooks" / "00_first.ipynb", parameters=cell)
     with pytest.raises(UserError, match="00_first needs one cell tagged 'parameters'"):
@@ -125,13 +191,69 @@ def test_a_repository_without_notebooks_says_so(repository):
         batch.run("laptop")
 
 
+# Profiles
+
+
+def test_profiles_are_written_on_their_base():
+    laptop, smoke = profiles.training("laptop"), profiles.training("smoke")
+    assert smoke == laptop | {
+        "dataset_steps": 5000,
+        "epochs": 1,
+        "steps_per_epoch": 3,
+        "batch_size": 8,
+        "warmup_steps": 2,
+        "evaluation_episodes": 2,
+    }
+    assert profiles.load_profile("paper")["needs"] == ["cuda"]
+    assert profiles.training("paper")["size"] == "gpt2"
+    for name in profiles.PROFILES:
+        text = (Path(profiles.__file__).parent / f"{name}.yml").read_text()
+        sections = {"base", "needs", "training", "without_context", "notebooks"}
+        assert yaml.safe_load(text).keys() <= sections
+
+
+def test_training_settings_are_arguments_of_a_run():
+    for name in profiles.PROFILES:
+        with_context, without = profiles.training(name), profiles.without_context(name)
+        for values in (with_context, without):
+            config = RunConfig(**values)
+            assert {key: getattr(config, key) for key in values} == values
+        changed = {key for key in without if without[key] != with_context[key]}
+        assert changed <= {"batch_size", "learning_rate"}
+    assert profiles.training("laptop")["learning_rate"] == 1e-3
+    assert profiles.training("laptop")["dropout"] == (0.0, 0.0, 0.0)
+    assert profiles.without_context("laptop")["batch_size"] == 64
+
+
+def test_overrides_replace_settings_and_are_checked():
+    overrides = {"epochs": 7, "batch_size": 3, "checkpoints": [2], "no_context_learning_rate": 1.0}
+    with_context, without = (
+        profiles.training("laptop", overrides),
+        profiles.without_context("laptop", overrides),
+    )
+    assert with_context["epochs"] == without["epochs"] == 7
+    assert with_context["checkpoints"] == (2,)
+    assert (with_context["batch_size"], without["batch_size"]) == (3, 64)
+    assert (with_context["learning_rate"], without["learning_rate"]) == (1e-3, 1.0)
+    for wrong, message in (
+        ({"seed": 1}, "Unknown setting 'seed': the training settings are dataset, .*no_context_b"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"learning_rate": "1e-3"}, "learning_rate='1e-3'"),  # as YAML reads it
+        ({"no_context_batch_size": 1.5}, "batch_size=1.5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            profiles.training("laptop", wrong)
+            profiles.without_context("laptop", wrong)
+
+
 def test_paper_without_a_network_names_each_file_and_folder(repository, monkeypatch):
     monkeypatch.setattr(profiles, "unreachable", lambda address: "no network")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(repository / "d4rl"))
     (repository / "d4rl").mkdir()
     (repository / "d4rl" / "walker2d_medium-v2.hdf5").touch()
-    write_notebook(repository / "notebooks" / "00_first.ipynb",
-                   parameters='profile = "laptop"\ndataset = ""\ntasks = [""]\ninitialisations = [""]\nwidth = 1')
+    parameters = 'profile = "laptop"\noverrides = {}\ntasks = [""]\nimage = "image"\nwidth = 1'
+    write_notebook(repository / "notebooks" / "00_first.ipynb", parameters=parameters)
     before = sorted(repository.rglob("*"))
     with pytest.raises(UserError) as caught:
         batch.run("paper", ["00"])
@@ -139,54 +261,59 @@ def test_paper_without_a_network_names_each_file_and_folder(repository, monkeypa
         assert str(repository / "d4rl" / f"{task}_medium-v2.hdf5") in str(caught.value)
     assert "walker2d" not in str(caught.value)
     assert "openai/imagegpt-small" in str(caught.value)
+    assert "openai-community/gpt2" not in str(caught.value)
     assert sorted(repository.rglob("*")) == before
-    # Only the profile's own wishes that the notebook has count; with its data collected here nothing is missing.
-    assert len(plan(repository, "paper", ["00"], dataset="collected:medium", initialisations="random")) == 1
+    # Only what the notebook has counts: with data collected here and random weights, all is there.
+    (job,) = plan(repository, "paper", ["00"], ["dataset=collected:medium", "image=random"])
+    assert profiles.missing("paper", job.values) == []
 
 
 def test_a_device_that_is_absent_is_missing(monkeypatch):
-    torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert any("CUDA" in lack for lack in profiles.missing("gpu"))
-    assert profiles.missing("laptop") == profiles.missing("smoke") == profiles.missing("full") == []
+    assert profiles.missing("gpu", {"notebooks": []}) == []  # it trains nothing
+    for name in ("laptop", "smoke", "full"):
+        assert profiles.missing(name) == []
 
 
 def test_packages_that_are_absent_are_missing(monkeypatch):
     monkeypatch.setattr(profiles, "unreachable", lambda address: "")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    lacks = {name: [lack for lack in profiles.missing(name) if "package" in lack] for name in profiles.PROFILES}
-    games, adapters, wikitext = (f"the package {name} (pip install 'dtlib[{extra}]')" for name, extra in (
-        ("ale-py", "games"), ("peft", "adapters"), ("datasets", "wikitext")))
-    assert lacks == {"smoke": [games], "laptop": [], "full": [games, adapters], "gpu": [games],
-                     "paper": [games, adapters, wikitext]}
-    assert profiles.missing("laptop", {"variants": ["co-training"], "cotraining_corpus": "wikitext-2"}) == [wikitext]
-    assert profiles.missing("laptop", {"variants": ["alignment"], "cotraining_corpus": "wikitext-2"}) == []
+    lacks = {
+        name: [lack for lack in profiles.missing(name) if "package" in lack]
+        for name in profiles.PROFILES
+    }
+    packages = (("ale-py", "games"), ("peft", "adapters"), ("datasets", "wikitext"))
+    games, adapters, wikitext = (
+        f"the package {name} (pip install 'dtlib[{extra}]')" for name, extra in packages
+    )
+    assert lacks == {
+        "smoke": [games],
+        "laptop": [],
+        "full": [games, adapters],
+        "gpu": [games],
+        "paper": [games, adapters, wikitext],
+    }
+    values = {"variants": ["co-training"], "cotraining_corpus": "wikitext-2"}
+    assert profiles.missing("laptop", values) == [wikitext]
+    assert profiles.missing("laptop", values | {"variants": ["alignment"]}) == []
 
 
-def test_amounts_are_lists():
-    with pytest.raises(UserError, match="amounts of mini are 5: expected a list"):
-        profiles.to_be_made({"pretrained": ["language"], "amounts": {"mini": 5}})
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux")
-def test_what_kernels_share_needs_no_extra():
-    """Not even one that is installed here."""
-    script = ("import importlib, sys\nfrom dtlib import kernels\n"
-              "sys.modules.update(dict.fromkeys(['ale_py', 'peft', 'datasets']))\n"
-              "for name in kernels.PRELOADED: importlib.import_module(name)")
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
-
+# Execution
 
 REPORT = """import json, os, sys
 from pathlib import Path
 folder = Path(os.environ["DTLIB_FIGURES"], profile, "00_first")
 for end in ("png", "pdf", "csv"):
-    (folder / f"curve.{end}").touch()
-(folder / "results.json").write_text(json.dumps([sys.executable, os.getcwd(), learning_rate, seeds, fast,
-                                                 os.environ["DTLIB_OVERRIDES"]]))"""
+    for stem in ("curve", "curve_b_walker2d"):
+        (folder / f"{stem}.{end}").touch()
+about = [sys.executable, os.getcwd(), rate, seeds, fast, os.environ["DTLIB_OVERRIDES"]]
+(folder / "results.json").write_text(json.dumps(about))"""
 
 
-def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(repository, monkeypatch, capsys, caplog):
+def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(
+    repository, monkeypatch, capsys, caplog
+):
     hostile = repository / "jupyter" / "kernels" / "python3"
     hostile.mkdir(parents=True)
     specification = {"argv": ["/bin/false"], "display_name": "no", "language": "python"}
@@ -194,15 +321,19 @@ def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(reposit
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(repository / "jupyter"))
     monkeypatch.setenv("JUPYTER_PATH", str(repository / "jupyter"))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
-    import sklearn  # noqa: F401, these two set variables as they are imported
-
-    import dtlib.model  # noqa: F401
     before = dict(os.environ)
-    write_notebook(repository / "notebooks" / "00_first.ipynb", REPORT, figures=["curve"])
-    seconds = batch.run("smoke", ["00"], {"learning_rate": "1e-4", "fast": "true"}, figures="figures {of today}")
-    folder = repository / "figures {of today}" / "smoke" / "00_first"
-    assert json.loads((folder / "results.json").read_text()) == [
-        sys.executable, str(repository), 1e-4, [0, 1], True, '{"learning_rate": 0.0001, "fast": true}']
+    first = repository / "notebooks" / "00_first.ipynb"
+    write_notebook(first, REPORT, figures=["curve"], tags=["figure-curve", "figure-curve_b"])
+    figures = "figures {of today}"
+    seconds = batch.run("smoke", ["00"], ["rate=1e-4", "fast=true"], figures=figures)
+    folder = repository / figures / "smoke" / "00_first"
+    about = [sys.executable, str(repository), 1e-4, [0, 1], True]
+    overrides = '{"rate": 0.0001, "fast": true}'
+    assert json.loads((folder / "results.json").read_text()) == [*about, overrides]
+    assert json.loads((folder / "figures.json").read_text()) == {
+        "curve": {"notebook": "00_first", "cell": "figure-curve", "commit": ""},
+        "curve_b_walker2d": {"notebook": "00_first", "cell": "figure-curve_b", "commit": ""},
+    }
     assert (folder / "executed.ipynb").exists()
     assert list(seconds) == ["00_first"]
     printed = capsys.readouterr()
@@ -213,26 +344,54 @@ def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(reposit
 
 
 def test_a_failing_cell_stops_the_batch_and_is_named(repository):
-    write_notebook(repository / "notebooks" / "00_first.ipynb", "before = 1", "\nresult = before / 0\nafter = 2")
+    cells = ("before = 1", "\nresult = before / 0\nafter = 2")
+    write_notebook(repository / "notebooks" / "00_first.ipynb", *cells)
     with pytest.raises(UserError) as caught:
         batch.run("laptop")
     executed = repository / "figures" / "laptop" / "00_first" / "executed.ipynb"
-    for part in ("00_first", "cell [4]", "(result = before / 0)", "ZeroDivisionError: division by zero", str(executed)):
+    reason = "ZeroDivisionError: division by zero"
+    for part in ("00_first", "cell [4]", "(result = before / 0)", reason, str(executed)):
         assert part in str(caught.value)
     assert executed.exists()
     assert not (repository / "figures" / "laptop" / "01_second").exists()
 
 
+def write_figures(folder, *names, old=False):
+    folder.mkdir(exist_ok=True)
+    for file in [folder / f"{name}.{end}" for name in names for end in ("png", "pdf", "csv")]:
+        file.touch()
+        if old:
+            os.utime(file, (0, 0))
+    (folder / "results.json").touch()
+
+
 def test_a_promised_figure_that_is_absent_or_old_is_an_error(repository):
-    folder = repository / "figures" / "laptop" / "00_first"
-    folder.mkdir(parents=True)
-    for name in ("curve.png", "curve.pdf", "curve.csv"):
-        (folder / name).touch()
+    notebook, folder = repository / "notebooks" / "00_first.ipynb", repository / "figures"
+    write_notebook(notebook, "", figures=["curve"], tags=["figure-curve"])
+    write_figures(folder, "curve")
+    batch.list_figures(notebook, folder, 1.0)
     os.utime(folder / "curve.pdf", (0, 0))
-    cell = f"from pathlib import Path\nfor end in ('png', 'csv'): Path(r'{folder}', f'curve.{{end}}').touch()"
-    write_notebook(repository / "notebooks" / "00_first.ipynb", cell, figures=["curve"])
-    with pytest.raises(UserError, match="without writing .*curve.pdf, which it promises"):
-        batch.run("laptop", ["00"])
+    for _ in range(2):
+        with pytest.raises(UserError, match="did not write .*curve.pdf, which it promises"):
+            batch.list_figures(notebook, folder, 1.0)
+        (folder / "curve.pdf").unlink(missing_ok=True)
+
+
+def test_figures_name_their_cell_and_old_ones_go(repository):
+    notebook, folder = repository / "notebooks" / "00_first.ipynb", repository / "figures"
+    write_notebook(notebook, "", tags=["figure-curve"])
+    write_figures(folder, "last_year", old=True)
+    write_figures(folder, "curve_walker2d")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True, cwd=repository)
+    subprocess.run([*git, "commit", "-qm", "a", "--allow-empty"], check=True, cwd=repository)
+    batch.list_figures(notebook, folder, 1.0)
+    found = json.loads((folder / "figures.json").read_text())["curve_walker2d"]
+    assert found["cell"] == "figure-curve" and len(found["commit"]) == 40
+    assert not list(folder.glob("last_year*"))
+    write_figures(folder, "curves")
+    with pytest.raises(UserError, match="Notebook 00_first has no cell tagged figure-curves"):
+        batch.list_figures(notebook, folder, 1.0)
 
 
 def test_a_kernel_that_dies_is_an_error_that_names_the_notebook(repository):
@@ -241,109 +400,142 @@ def test_a_kernel_that_dies_is_an_error_that_names_the_notebook(repository):
         batch.run("laptop", ["00"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux")
-def test_kernels_start_with_their_imports_and_nothing_of_the_one_before(repository):
-    leave = """import os, sys, torch, dtlib
-assert {"dtlib.runs", "matplotlib.pyplot", "torch._dynamo"} <= set(sys.modules)
-assert not hasattr(dtlib, "left") and "LEFT" not in os.environ and os.getpgid(0) == os.getpid()
-assert torch.initial_seed() != 1
-dtlib.left = os.environ["LEFT"] = "something"
-torch.manual_seed(1)
-import matplotlib.pyplot as plt
-plt.plot([1, 2])"""
-    for name in ("00_first", "01_second"):
-        results = f"from pathlib import Path\nPath(os.environ['DTLIB_FIGURES'], profile, {name!r}, 'results.json').touch()"
-        write_notebook(repository / "notebooks" / f"{name}.ipynb", leave, results)
-    assert list(batch.run("laptop")) == ["00_first", "01_second"]
-    shown = nbformat.read(repository / "figures" / "laptop" / "01_second" / "executed.ipynb", as_version=4)
-    assert any("image/png" in output.get("data", {}) for cell in shown.cells for output in cell.get("outputs", []))
+def has_ended(process):
+    """Whether a process is gone, or is a zombie whose exit code nobody has asked for."""
+    try:
+        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
+def wait_until(condition, tenths):
+    for _ in range(tenths):
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    pytest.fail("It took too long.")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_killed_batch_leaves_no_kernel(repository):
-    note, kernel = repository / "kernel", None
-    write_notebook(repository / "notebooks" / "00_first.ipynb", f"""import os, time
+    note = repository / "kernel"
+    sleep = f"""import os, time
 from pathlib import Path
 Path({str(note)!r}).write_text(str(os.getpid()))
-time.sleep(600)""")
-    running = subprocess.Popen([sys.executable, "-m", "dtlib", "figures", "00"], cwd=repository, stderr=subprocess.DEVNULL)
+time.sleep(600)"""
+    write_notebook(repository / "notebooks" / "00_first.ipynb", sleep)
+    command = [sys.executable, "-m", "dtlib", "figures", "00"]
+    running = subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
+
+    def started():
+        return running.poll() is not None or (note.exists() and note.read_text())
+
     try:
-        for _ in range(600):
-            if note.exists() and (kernel := note.read_text()):
-                break
-            time.sleep(0.1)
+        kernel = wait_until(started, 3000)  # a busy machine imports for minutes
+        assert running.poll() is None
     finally:
         running.kill()
         running.wait()
-    state = Path("/proc", kernel, "stat")
-    for _ in range(300):
-        try:
-            if state.read_text().rpartition(")")[2].split()[0] == "Z":  # it has ended, but nobody has asked for its exit code
-                break
-        except OSError:
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail(f"The kernel, process {kernel}, is still there.")
+    wait_until(lambda: has_ended(kernel), 300)
 
 
-ASKING = """from dtlib import runs
-finished = runs.fine_tuned([runs.RunConfig(size=size, epochs=epochs, initialisation=name, seed=seed)
-                            for name in initialisations for seed in seeds], device=device)"""
+# Plans
+
+ASKING = (
+    """from dtlib import profiles, runs
+size = profiles.training(profile, overrides)["size"]""",
+    """configs = [
+    runs.RunConfig(size=size, context=1, epochs=2, initialisation=name, seed=seed)
+    for name in [random, *controls] for seed in seeds]
+finished = runs.fine_tuned(configs)""",
+)
 POINTS = """profile = "laptop"
-size = "tiny"
-epochs = 3
+overrides = {"size": "tiny"}
 seeds = [0, 1]
-initialisations = ["random", "markov-1k"]
-device = "cuda"
+random = "random"
+controls = ["markov-1k"]
 """
 
 
-def test_a_plan_counts_the_runs_and_runs_nothing(repository, capsys):
+def write_asking(repository, *cells):
     for name in ("00_first", "01_second"):  # both ask for the same
-        write_notebook(repository / "notebooks" / f"{name}.ipynb", "raise SystemExit", ASKING, parameters=POINTS)
+        path = repository / "notebooks" / f"{name}.ipynb"
+        write_notebook(path, *ASKING, *cells, parameters=POINTS)
+
+
+def test_what_a_notebook_asks_for_is_known_without_training(repository, monkeypatch):
+    write_asking(repository, "raise SystemExit")
+    job = plan(repository, settings=["seeds=5", "size=mini"])[0]
+    asked = batch.asked_for(job.path, job.values)
+    assert [(c.initialisation, c.size, c.seed) for c in asked] == [
+        ("random", "mini", 5),
+        ("markov-1k", "mini", 5),
+    ]
+    write_notebook(job.path, "raise SystemExit")
+    assert batch.asked_for(job.path, {}) == []  # it asks for nothing, so nothing of it is executed
+
+
+def test_a_plan_counts_the_runs_and_runs_nothing(repository, capsys, monkeypatch):
+    write_asking(repository)
     before = sorted(repository.rglob("*"))
-    assert batch.run("laptop", None, {"seeds": "0,1,2"}, only_plan=True) == {}
-    assert "asks for 6 runs, 6 of them new, after 1 new starting points" in capsys.readouterr().out
+    assert batch.run("laptop", None, ["seeds=0,1,2"], only_plan=True) == {}
+    printed = capsys.readouterr().out
+    assert "asks for 6 runs, 6 of them new, after 1 new starting points" in printed
+    assert "6 runs of size tiny, K = 1, batch 64, float32: 30,000 steps of " in printed
+    assert "starting points (8 steps of pre-training)" in printed
+    assert "New runs take " in printed
     assert sorted(repository.rglob("*")) == before
+
+
+def test_the_time_of_steps_is_measured():
+    step, turn, size = planning.time_run(RunConfig(size="tiny", context=2), "cpu")
+    assert 1e-4 < step < 10 and 1e-5 < turn < 10
+    assert size > 4 * 1000 * 64  # the time table alone
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_starting_points_that_are_absent_are_made_first(fast, repository, monkeypatch):
-    from dtlib import pretrain
     made = []
+    capabilities = {"avx512_bf16": True} if fast else {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True} if fast else {})
-    monkeypatch.setattr(pretrain, "pretrain_all", made.extend)
-    write_notebook(repository / "notebooks" / "00_first.ipynb", "raise KeyError", parameters=POINTS.replace("cuda", "auto"))
-    with pytest.raises(UserError, match="KeyError"):
-        batch.run("laptop", ["00"])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(pretraining, "pretrain_all", made.extend)
+    monkeypatch.setattr(batch, "execute", lambda *_: made.append("executed"))
+    monkeypatch.setattr(batch, "list_figures", lambda *_: None)
+    write_asking(repository)
+    batch.run("laptop", ["00"])
     precision = "bfloat16" if fast else "float32"
-    assert made == [pretrain.PretrainConfig("markov", size="tiny", tokens="1k", precision=precision)]
+    point = pretraining.PretrainConfig("markov", size="tiny", tokens="1k", precision=precision)
+    assert made == [point, "executed"]
+
+
+# The real notebooks
 
 
 @pytest.fixture
 def real_notebooks():
     try:
-        return batch.repository() / "notebooks"
+        return find_repository() / "notebooks"
     except UserError:
         pytest.skip("the tests run outside the repository")
 
 
-def test_no_two_notebooks_ask_for_one_starting_point_in_two_ways(real_notebooks, monkeypatch, tmp_path):
+def test_no_two_notebooks_ask_for_one_starting_point_in_two_ways(
+    real_notebooks, monkeypatch, tmp_path
+):
     monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
     for profile in ("full", "gpu"):
-        jobs = batch.plan(real_notebooks, profile, None, {}, True)
-        points = {config for *_, values in jobs for config in profiles.to_be_made(values)}
-        assert len({config.name for config in points}) == len(points) > 5
+        jobs = batch.plan(real_notebooks, profile, None, {})
+        points = {point for job in jobs for point in profiles.to_be_pretrained(profile, job.values)}
+        assert len({point.name for point in points}) == len(points) > 5
 
 
 def test_each_profile_fits_the_real_notebooks(real_notebooks):
     """Every name that a profile sets is a parameter of some notebook, of the right type."""
-    notebooks = batch.find(real_notebooks, None)
     known = {}
-    for path in notebooks:
-        known |= batch.defaults(nbformat.read(path, as_version=4), path.stem)
-    for name, values in profiles.PROFILES.items():
-        for parameter, value in values.items():
+    for path in batch.find(real_notebooks, None):
+        known |= batch.defaults(path)
+    for name in profiles.PROFILES:
+        for parameter, value in profiles.load_profile(name)["notebooks"].items():
             assert parameter in known, f"{name}: {parameter}"
-            batch.convert(parameter, value, known[parameter])
+            batch.fit(parameter, value, known[parameter])

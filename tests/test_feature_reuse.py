@@ -1,12 +1,13 @@
-"""Debiased CKA against the U-statistic written as loops, its invariances, and the released code's two quirks by hand."""
+"""Debiased CKA against loops over the U-statistic; the released code's two quirks by hand."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from conftest import cells
 
-from dtlib.measures import feature_reuse as reuse
+reuse = cells("01_feature_reuse", "measure")
 
 
 def normal(*shape, seed=0):
@@ -14,9 +15,12 @@ def normal(*shape, seed=0):
 
 
 def hsic_by_loops(x, y):
-    """Song et al. (2012): the U-statistic, a mean over all ordered quadruples of different windows."""
+    """Song et al. (2012): the U-statistic, a mean over ordered quadruples of different windows."""
     a, b = (x @ x.T).tolist(), (y @ y.T).tolist()
-    terms = [a[i][j] * (b[i][j] + b[q][r] - 2 * b[i][q]) for i, j, q, r in itertools.permutations(range(len(x)), 4)]
+    terms = [
+        a[i][j] * (b[i][j] + b[q][r] - 2 * b[i][q])
+        for i, j, q, r in itertools.permutations(range(len(x)), 4)
+    ]
     return sum(terms) / len(terms)
 
 
@@ -27,7 +31,9 @@ def cka_by_loops(x, y):
 @pytest.mark.parametrize("n", [4, 5, 8])
 def test_cka_equals_the_u_statistic(n):
     x, y = normal(n, 3) + 5, normal(n, 2, seed=1) + normal(n, 3)[:, :2]
-    assert reuse.cka(reuse.gram(x), reuse.gram(y)).item() == pytest.approx(cka_by_loops(x, y), abs=1e-10)
+    assert reuse.cka(reuse.gram(x), reuse.gram(y)).item() == pytest.approx(
+        cka_by_loops(x, y), abs=1e-10
+    )
     a, b = reuse.gram(x), reuse.gram(y)
     assert (a * b).sum().item() / (n * (n - 3)) == pytest.approx(hsic_by_loops(x, y), abs=1e-9)
     torch.testing.assert_close(a.sum(-1), torch.zeros(n, dtype=torch.float64), rtol=0, atol=1e-9)
@@ -38,8 +44,12 @@ def test_cka_is_one_for_rotated_scaled_and_shifted_features():
     rotation, y = torch.linalg.qr(normal(6, 6, seed=2)).Q, normal(30, 4, seed=3) + x[:, :4]
     same, other = reuse.gram(0.1 * x @ rotation + 7), reuse.gram(y)
     assert reuse.cka(reuse.gram(x), same).item() == pytest.approx(1, abs=1e-10)
-    assert reuse.cka(same, other).item() == pytest.approx(reuse.cka(reuse.gram(x), other).item(), abs=1e-10)
-    stretched = reuse.gram(x * torch.tensor([1, 1, 1, 1, 5, 9]))  # CKA is not invariant to every linear map
+    assert reuse.cka(same, other).item() == pytest.approx(
+        reuse.cka(reuse.gram(x), other).item(), abs=1e-10
+    )
+    stretched = reuse.gram(
+        x * torch.tensor([1, 1, 1, 1, 5, 9])
+    )  # CKA is not invariant to every linear map
     assert reuse.cka(stretched, other).item() < reuse.cka(reuse.gram(x), other).item() - 0.2
 
 
@@ -48,8 +58,14 @@ def test_cka_of_independent_features_is_zero_on_average():
     values = reuse.cka(first, second)
     assert abs(values.mean()) < 4 * values.std() / 20
     centring = torch.eye(20, dtype=torch.float64) - 1 / 20
-    biased = [centring @ (x @ x.mT) @ centring for x in (normal(400, 20, 200), normal(400, 20, 150, seed=1))]
-    assert ((biased[0] * biased[1]).sum((1, 2)) / (biased[0].norm(dim=(1, 2)) * biased[1].norm(dim=(1, 2)))).mean() > 0.8
+    biased = [
+        centring @ (x @ x.mT) @ centring
+        for x in (normal(400, 20, 200), normal(400, 20, 150, seed=1))
+    ]
+    assert (
+        (biased[0] * biased[1]).sum((1, 2))
+        / (biased[0].norm(dim=(1, 2)) * biased[1].norm(dim=(1, 2)))
+    ).mean() > 0.8
 
 
 def test_all_pairs_equal_single_pairs():
@@ -66,13 +82,15 @@ def test_leaving_out_equals_removing_the_window():
     found = reuse.leave_one_out(reuse.gram(x), reuse.gram(y))
     for window in range(9):
         kept = [i for i in range(9) if i != window]
-        torch.testing.assert_close(found[:, window], reuse.cka(reuse.gram(x[:, kept]), reuse.gram(y[:, kept])))
+        torch.testing.assert_close(
+            found[:, window], reuse.cka(reuse.gram(x[:, kept]), reuse.gram(y[:, kept]))
+        )
 
 
 def test_jackknife_error_of_a_mean_is_the_textbook_one():
     x = normal(50)
     means = (x.sum() - x) / 49
-    assert reuse.jackknife_error(means).item() == pytest.approx(x.std().item() / 50 ** 0.5)
+    assert reuse.jackknife_error(means).item() == pytest.approx(x.std().item() / 50**0.5)
 
 
 def test_jackknife_error_covers_what_other_windows_give():
@@ -88,15 +106,28 @@ def test_released_index_takes_a_unit_of_all_tokens_and_the_text_a_token():
     assert by_unit.shape == (3, 2, 3) and by_token.shape == (3, 2, 4)
     assert by_unit[1].tolist() == [[2, 6, 10], [14, 18, 22]] == activation[:, :, -2].tolist()
     assert by_token[1].tolist() == [[4, 5, 6, 7], [16, 17, 18, 19]] == activation[:, -2, :].tolist()
-    assert by_unit[2].tolist() == activation[:, :, -1].tolist() and by_token[0].tolist() == activation[:, -3].tolist()
+    assert (
+        by_unit[2].tolist() == activation[:, :, -1].tolist()
+        and by_token[0].tolist() == activation[:, -3].tolist()
+    )
 
 
 def test_nine_names_stand_for_seven_outputs_a_block_and_released_for_fewer():
     written, released = reuse.nine_layers(3, False), reuse.nine_layers(3, True)
     assert list(written) == list(released) and len(written) == 27
-    assert len(set(written.values())) == 21 and len(set(released.values())) == 19  # one activation instead of three
-    assert released["h.0.mlp.act"] == released["h.2.mlp.act"] == "h.2.mlp.act" != written["h.0.mlp.act"]
-    assert released["h.1.attn.resid_dropout"] == "h.1.attn.c_proj" and written["h.1.mlp.dropout"] == "h.1.mlp.c_proj"
+    assert (
+        len(set(written.values())) == 21 and len(set(released.values())) == 19
+    )  # one activation instead of three
+    assert (
+        released["h.0.mlp.act"]
+        == released["h.2.mlp.act"]
+        == "h.2.mlp.act"
+        != written["h.0.mlp.act"]
+    )
+    assert (
+        released["h.1.attn.resid_dropout"] == "h.1.attn.c_proj"
+        and written["h.1.mlp.dropout"] == "h.1.mlp.c_proj"
+    )
     assert list(written)[:9] == [f"h.0.{layer}" for layer in reuse.NINE]
 
 
@@ -106,7 +137,9 @@ def test_released_constant_shrinks_faint_outputs_and_hides_dead_ones():
     assert reuse.cka(x, x, added=1e-6).item() == pytest.approx(size**2 / (size**2 + 1e-6))
     faint = x * 1e-3 / size
     assert reuse.cka(faint, faint, added=1e-6).item() == pytest.approx(0.5)
-    dead = reuse.gram(torch.full((10, 3), 7.3, dtype=torch.float64))  # not zero, but the same for all windows
+    dead = reuse.gram(
+        torch.full((10, 3), 7.3, dtype=torch.float64)
+    )  # not zero, but the same for all windows
     assert reuse.cka(dead, x).isnan() and reuse.cka(dead, x, added=1e-6) == 0
 
 

@@ -1,10 +1,12 @@
-"""Times to a level, with runs that never get there, and the moving averages: against hand-worked and brute-force values."""
+"""Times to a level, with runs that never get there, and the moving averages, against loops."""
 
 import numpy as np
 import pytest
+from conftest import cells
 
 from dtlib.measures import learning_speed
 
+smoothing = cells("06_block_swap", "measure")
 STEPS = np.array([0, 100, 200, 300])
 
 
@@ -16,7 +18,10 @@ def test_first_return_is_at_a_checkpoint_or_censored():
 
 def test_error_falls_by_equal_factors_between_checkpoints():
     errors = np.array([1.6, 0.8, 0.2, 0.3])
-    assert learning_speed.first_error_below(STEPS, errors, 0.4) == (pytest.approx(150.0), True)  # halfway from 0.8 to 0.2
+    assert learning_speed.first_error_below(STEPS, errors, 0.4) == (
+        pytest.approx(150.0),
+        True,
+    )  # halfway from 0.8 to 0.2
     assert learning_speed.first_error_below(STEPS, errors, 0.2) == (pytest.approx(200.0), True)
     assert learning_speed.first_error_below(STEPS, errors, 0.1) == (300.0, False)
     assert learning_speed.first_error_below(STEPS, errors, 2.0) == (0.0, True)
@@ -39,11 +44,13 @@ def test_survival_is_the_product_limit():
     times, reached = rng.integers(1, 8, 30) * 100.0, rng.random(30) < 0.6
     steps, share = learning_speed.survival(times, reached)
     assert (steps[0], share[0]) == (0, 1)
-    assert dict(zip(steps[1:], share[1:], strict=True)) == pytest.approx(kaplan_meier(times, reached))
+    assert dict(zip(steps[1:], share[1:], strict=True)) == pytest.approx(
+        kaplan_meier(times, reached)
+    )
 
 
 def test_median_time_by_hand():
-    """Ten runs, one each 100 steps: 1 − t/1000; Greenwood's variance on the log-log scale gives the band."""
+    """Ten runs, one each 100 steps: 1 − t/1000; Greenwood's log-log variance gives the band."""
     times, reached = 100.0 * np.arange(1, 11), np.ones(10, bool)
     share = 1 - np.arange(1, 10) / 10
     deaths = np.cumsum(1 / ((10 - np.arange(9)) * (9 - np.arange(9))))
@@ -61,14 +68,19 @@ def test_median_time_of_runs_that_seldom_or_always_get_there():
 
 
 def test_moving_average_as_released_begins_a_fifth_too_high():
-    np.testing.assert_allclose(learning_speed.moving_average_as_released([10.0, 0.0, 5.0]), [12, 9.6, 8.68])
-    both = learning_speed.moving_average_as_released([[10.0, 0.0, 5.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_allclose(
+        smoothing.moving_average_as_released([10.0, 0.0, 5.0]), [12, 9.6, 8.68]
+    )
+    both = smoothing.moving_average_as_released([[10.0, 0.0, 5.0], [1.0, 1.0, 1.0]])
     np.testing.assert_allclose(both[1], [1.2, 1.16, 1.128])
     np.testing.assert_allclose(both[0], [12, 9.6, 8.68])
 
 
 def test_moving_average_is_a_weighted_mean():
     values = np.random.default_rng(1).normal(size=(2, 9))
-    expected = [[np.average(row[:t + 1], weights=0.8 ** np.arange(t, -1, -1)) for t in range(9)] for row in values]
-    np.testing.assert_allclose(learning_speed.moving_average(values), expected, rtol=1e-12)
-    np.testing.assert_allclose(learning_speed.moving_average(np.full(5, 3.0)), 3)
+    expected = [
+        [np.average(row[: t + 1], weights=0.8 ** np.arange(t, -1, -1)) for t in range(9)]
+        for row in values
+    ]
+    np.testing.assert_allclose(smoothing.moving_average(values), expected, rtol=1e-12)
+    np.testing.assert_allclose(smoothing.moving_average(np.full(5, 3.0)), 3)

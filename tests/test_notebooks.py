@@ -1,13 +1,26 @@
-"""The real notebooks, by papermill, on the smoke profile: real data, training, rollouts and figures."""
+"""The real notebooks on the smoke profile: real data, training, rollouts and figures."""
 
-import nbformat
+import json
+import os
+from unittest.mock import patch
+
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
+from conftest import cells
 
-from dtlib import batch, runs
+from dtlib import batch, profiles
+from dtlib import figures as dtlib_figures
 from dtlib.errors import UserError
+from dtlib.pretraining.training import pretrain_all
+from dtlib.records import runs_root
+from dtlib.starts import STARTING_POINTS
+from dtlib.storage import repository
 
-NOTEBOOKS = sorted((batch.repository() / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((repository() / "notebooks").glob("*.ipynb"))
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+ROLES = ("random", "language", "image", "controls", "control_donors", "control_hosts")
 
 
 @pytest.fixture(scope="module")
@@ -16,56 +29,138 @@ def figures(tmp_path_factory):
     return tmp_path_factory.mktemp("figures")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", autouse=True)
+def one_core():
+    """Train in the notebook's own process: a worker takes longer to start than smoke to train."""
+    with patch.dict(os.environ, LOKY_MAX_CPU_COUNT="1", OMP_NUM_THREADS="1"):
+        yield
+
+
+def code_cells(path):
+    everything = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in everything if cell["cell_type"] == "code"]
+
+
+def run_here(name, settings, folder):
+    """Execute a notebook's cells in this process, which need not import everything anew."""
+    (job,) = batch.plan(repository() / "notebooks", "smoke", [name], settings)
+    pretrain_all(profiles.to_be_pretrained("smoke", job.values))
+    scope = {"__name__": "__main__"}
+    environment = patch.dict(os.environ, DTLIB_FIGURES=str(folder))
+    with environment, patch.dict(dtlib_figures.STYLES), plt.rc_context():
+        for cell in code_cells(job.path):
+            exec(compile("".join(cell["source"]), job.path.name, "exec"), scope)
+            if "parameters" in cell["metadata"].get("tags", []):
+                scope |= job.values
+    plt.close("all")
+    torch.set_num_threads(1)
+    return folder / "smoke" / job.path.stem
+
+
+@each
 def test_runs_and_repeats_itself(path, figures, capfd):
-    """Run twice: the second time every run is found, and the numbers are the same to the byte."""
-    trained = []
+    """Run in a kernel, then here: every run is found, and the numbers are the same to the byte.
+
+    The two processes hash text differently, and nothing that was measured is remembered here.
+    """
+    trained, numbers = [], []
+    batch.run("smoke", [path.stem], figures=str(figures / "first"))
     for attempt in ("first", "second"):
-        batch.run("smoke", [path.stem], figures=str(figures / attempt))
-        trained.append({file: file.stat().st_mtime_ns for file in runs.runs_root().rglob("*") if file.is_file()})
-    folders = [figures / attempt / "smoke" / path.stem for attempt in ("first", "second")]
-    numbers = [{file.name: file.read_bytes() for file in sorted(folder.glob("*")) if file.suffix in (".csv", ".json")}
-               for folder in folders]
+        folder = figures / attempt / "smoke" / path.stem
+        if attempt == "second":
+            run_here(path.stem, {}, figures / attempt)
+        files = [file for file in runs_root().rglob("*") if file.is_file()]
+        trained.append({file: file.stat().st_mtime_ns for file in files})
+        named = [file for file in folder.glob("*") if file.suffix in (".csv", ".json")]
+        numbers.append({f.name: f.read_bytes() for f in named if f.name != "figures.json"})
     assert numbers[0] == numbers[1] and len(numbers[0]) > 1
     assert trained[0] == trained[1]
     capfd.readouterr()  # progress bars
 
 
 def test_notebooks_share_their_settings():
-    """So that they share stored runs: the same name has the same default everywhere, but for what each compares."""
-    first = batch.defaults(nbformat.read(NOTEBOOKS[0], as_version=4), NOTEBOOKS[0].stem)
+    """So that they share stored runs: what every question needs has one default."""
+    shared = {}
     for path in NOTEBOOKS:
-        theirs = batch.defaults(nbformat.read(path, as_version=4), path.stem)
-        for name in first.keys() & theirs.keys() - {"initialisations", "context"}:
-            assert theirs[name] == first[name], f"{path.stem}: {name}"
+        values = batch.defaults(path)
+        assert values["profile"] == "laptop" and values.get("overrides", {}) == {}, path.stem
+        for name in values.keys() & {"tasks", "seeds", "random", "language", "image", "level"}:
+            assert shared.setdefault(name, values[name]) == values[name], f"{path.stem}: {name}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@each
+def test_starting_points_are_named_by_role(path):
+    """Each is known, and none is found by its position in a list."""
+    values = batch.defaults(path)
+    named = [values[role] for role in ROLES if role in values]
+    for value in named:
+        for name in [value] if isinstance(value, str) else value:
+            assert name in STARTING_POINTS, name
+    assert not any("initialisations[" in "".join(cell["source"]) for cell in code_cells(path))
+
+
+@each
 def test_is_committed_clean_and_short(path):
-    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code)
-    assert max(len(cell.source.splitlines()) for cell in code) <= 40
+    for cell in code_cells(path):
+        lines = "".join(cell["source"]).splitlines()
+        assert not cell["outputs"] and cell["execution_count"] is None
+        limit = 40 if "parameters" in cell["metadata"].get("tags", []) else 25
+        assert len(lines) <= limit, "\n".join(lines)
+        assert all(len(line) <= 100 for line in lines), "\n".join(lines)
 
 
-def test_sizes_and_amounts_add_up(tmp_path):
-    """Two batches, the second told of the first one's table, give what one batch of all amounts does, to the byte."""
+@each
+def test_each_promised_figure_has_its_cell(path):
+    promised = json.loads(path.read_text(encoding="utf-8"))["metadata"]["dtlib"]["figures"]
+    tags = [tag for cell in code_cells(path) for tag in cell["metadata"].get("tags", [])]
+    drawing = [tag for tag in tags if tag.startswith("figure-")]
+    assert len(set(drawing)) == len(drawing)
+    assert {f"figure-{name}" for name in promised} <= set(drawing)
+
+
+MEASURING = [path for path in NOTEBOOKS if '"measure"' in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", MEASURING, ids=lambda path: path.stem)
+def test_measures_stand_alone(path):
+    """Cells tagged "measure" import what they need: they can be copied into other work."""
+    assert any(callable(value) for value in vars(cells(path.stem, "measure")).values())
+
+
+def test_another_starting_point_can_play_a_role(tmp_path, capfd):
+    """A notebook compares what it is given: here a Markov chain for language, and no control."""
+    folder = run_here("03", {"language": "markov", "controls": []}, tmp_path)
+    results = json.loads((folder / "results.json").read_text())
+    assert "markov" in json.dumps(results) and "language" not in set(
+        pd.read_csv(folder / "by_depth.csv").initialisation
+    )
+    capfd.readouterr()
+
+
+def test_sizes_and_amounts_add_up(tmp_path, capfd):
+    """Two batches, the second told of the first one's table, give what one batch of all gives."""
+
     def table(folder, amounts, **further):
-        wishes = {"pretrained": ["markov"], "amounts": amounts, "rate_factors": {"tiny": [1.0, 0.1]}, **further}
-        batch.run("smoke", ["11"], wishes, str(tmp_path / folder))
-        return tmp_path / folder / "smoke" / "11_size_and_amount" / "size_and_amount.csv"
+        wishes = {
+            "pretrained": ["markov"],
+            "amounts": amounts,
+            "rate_factors": {"tiny": [1.0, 0.1]},
+        }
+        return run_here("11", wishes | further, tmp_path / folder) / "size_and_amount.csv"
 
     first = table("first", {"tiny": ["4k"]})
-    at_once, both = table("at once", {"tiny": ["2k", "4k"]}), table("both", {"tiny": ["2k"]}, earlier=str(first))
+    at_once = table("at once", {"tiny": ["2k", "4k"]})
+    both = table("both", {"tiny": ["2k"]}, earlier=str(first))
     assert both.read_bytes() == at_once.read_bytes() != first.read_bytes()
     one = table("one K", {"tiny": ["2k"]}, pretrained=["iid"], context=1)
     joined = pd.read_csv(table("joined", {"tiny": ["2k"]}, earlier=str(one)))
     assert {*zip(joined.kind, joined.K, strict=True)} == {
-        ("random-matched", 20), ("random-matched", 1), ("markov", 20), ("markov", 1), ("iid", 1)}
-    with pytest.raises(UserError, match="Of the 4 runs that .* shares with those made now, 0 are the same"):
-        table("other", {"tiny": []}, earlier=str(first), warmup_steps=3, no_context=2)
-
-
-def test_too_few_initialisations_are_said_before_hours_of_training():
-    for name, few in (("03", ["random", "language"]), ("05", ["random"])):
-        with pytest.raises(UserError, match=f"a random start with language.*got the initialisations {', '.join(few)}: give"):
-            batch.plan(NOTEBOOKS[0].parent, "laptop", [name], {"initialisations": few})
+        ("random-matched", 20),
+        ("random-matched", 1),
+        ("markov", 20),
+        ("markov", 1),
+        ("iid", 1),
+    }
+    with pytest.raises(UserError, match="Of the 8 runs that .* shares with those made now, 0 are"):
+        table("other", {"tiny": []}, earlier=str(first), warmup_steps=3)
+    capfd.readouterr()

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from conftest import cells
 
-from dtlib.measures.parameter_change import change, depth_contrast, of_block
+measure = cells("03_parameter_change", "measure")
+change, depth_contrast, of_block = measure.change, measure.depth_contrast, measure.of_block
 
 
 def test_change_worked_by_hand():
     found = change(torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([[3.0, 12.0], [0.0, 4.0]]))
-    assert found == pytest.approx({"distance": 12.0, "cosine": 25 / (5 * 13), "relative": 12 / 5, "per_entry": 6.0}, rel=1e-12)
+    assert found == pytest.approx(
+        {"distance": 12.0, "cosine": 25 / (5 * 13), "relative": 12 / 5, "per_entry": 6.0}, rel=1e-12
+    )
 
 
 def test_a_tensor_that_starts_at_zero_has_a_distance_but_no_angle_and_no_scale():
@@ -24,8 +28,15 @@ def test_what_each_measure_is_blind_to():
     draw = torch.Generator().manual_seed(0)
     before, step = (torch.randn(64, 96, generator=draw, dtype=torch.float64) for _ in range(2))
     plain, scaled = change(before, before + step), change(10 * before, 10 * (before + step))
-    tiled = change(before.tile(4, 1), (before + step).tile(4, 1))  # the same entries, four times as many
-    for name, by_scale, by_size in (("distance", 10, 2), ("per_entry", 10, 1), ("relative", 1, 1), ("cosine", 1, 1)):
+    tiled = change(
+        before.tile(4, 1), (before + step).tile(4, 1)
+    )  # the same entries, four times as many
+    for name, by_scale, by_size in (
+        ("distance", 10, 2),
+        ("per_entry", 10, 1),
+        ("relative", 1, 1),
+        ("cosine", 1, 1),
+    ):
         assert scaled[name] / plain[name] == pytest.approx(by_scale, rel=1e-12), name
         assert tiled[name] / plain[name] == pytest.approx(by_size, rel=1e-12), name
 
@@ -44,8 +55,12 @@ def test_thirds_of_any_depth():
         third = round(blocks / 3)
         values = np.where(block < third, 5.0, np.where(block >= blocks - third, 2.0, 3.0))
         difference, relative = depth_contrast((block + 0.5) / blocks, values)
-        assert difference == pytest.approx(3.0) and relative == pytest.approx(3.0 / values.mean()), blocks
-    assert depth_contrast([0.1, 0.1, 0.5, 0.9], [np.nan, 4.0, 1.0, 1.0]) == pytest.approx((3.0, 1.5))
+        assert difference == pytest.approx(3.0) and relative == pytest.approx(
+            3.0 / values.mean()
+        ), blocks
+    assert depth_contrast([0.1, 0.1, 0.5, 0.9], [np.nan, 4.0, 1.0, 1.0]) == pytest.approx(
+        (3.0, 1.5)
+    )
 
 
 def test_names():

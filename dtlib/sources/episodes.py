@@ -1,0 +1,73 @@
+"""Check flat arrays in D4RL's layout, and find where episodes begin and end."""
+
+import numpy as np
+
+from dtlib.errors import UserError
+from dtlib.tasks import Task
+
+# D4RL's arrays, one row a step; timeouts may be absent.
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+
+
+def check_columns(name: str, source: dict, task: Task, steps: int | None) -> dict:
+    """Return the first ``steps`` rows of D4RL's arrays as float32, and the number "available".
+
+    Raises UserError for what is missing, not finite, or of another task's shape.
+    """
+    required = KEYS[:4]
+    if missing := [key for key in required if key not in source]:
+        raise UserError(
+            f"{name} has no {' and no '.join(missing)}: expected {', '.join(required)} and, where "
+            "episodes can time out, timeouts, as in D4RL."
+        )
+    found = {key: np.asarray(source[key]) for key in KEYS if key in source}
+    sizes = {key: array.shape[:1] for key, array in found.items()}
+    if len(set(sizes.values())) > 1:
+        raise UserError(
+            f"{name}: the arrays have different lengths, {sizes}; each needs one row a step."
+        )
+    columns = {"available": len(found["rewards"])}
+    for key, array in found.items():
+        shape = {"observations": (task.state_dim,), "actions": (task.action_dim,)}.get(key, ())
+        fits = array.shape[1:] in {shape, shape or (1,)}  # (N, 1) passes for (N,), as in d4rl
+        if array.ndim == 0 or not fits or array.dtype.kind not in "fiub":
+            raise UserError(
+                f"{name}: {key} is {array.dtype} of shape {array.shape}, {task.name} needs numbers "
+                f"of shape {('N', *shape)}; choose one of {task.name}'s data sets."
+            )
+        columns[key] = np.asarray(array[:steps], np.float32).reshape(-1, *shape)
+        if not (finite := np.isfinite(columns[key])).all():
+            step = np.argwhere(~finite)[0, 0]
+            raise UserError(f"{name}: {key} is not finite at step {step}; remove such episodes.")
+    return columns
+
+
+def find_episodes(name: str, columns: dict, task: Task) -> tuple[np.ndarray, list[str]]:
+    """Return the first rows of all episodes and, last, the number of rows kept; and notes.
+
+    A partial last episode is dropped. Raises UserError where no episode ends, or one is too long.
+    """
+    available, rows, horizon = columns["available"], len(columns["rewards"]), task.horizon
+    notes = [f"read the first {rows:,} of {available:,} steps"] if rows < available else []
+    ends = columns["terminals"] != 0
+    if "timeouts" in columns:
+        ends |= columns["timeouts"] != 0
+    else:  # Deviation: from the second episode on, d4rl's own iterator counts one step fewer.
+        index = np.arange(rows)
+        begins = np.maximum.accumulate(np.where(np.roll(ends, 1), index, 0))
+        ends |= (index - begins + 1) % horizon == 0
+        notes.append(f"no timeouts in the data: episodes also end at the horizon, {horizon} steps")
+    starts = np.concatenate([[0], np.flatnonzero(ends) + 1])
+    if len(starts) == 1:
+        raise UserError(
+            f"{name}: no episode ends within {rows:,} steps; expected terminals, timeouts or, "
+            f"without a timeouts array, {horizon} steps in a row. Take more steps or mend the data."
+        )
+    if (longest := np.diff(starts).max()) > horizon:
+        raise UserError(
+            f"{name}: an episode has {longest:,} steps, more than the task's horizon, {horizon}; "
+            "cut it there."
+        )
+    if (kept := int(starts[-1])) < rows:
+        notes.append(f"dropped the trailing partial episode, {rows - kept:,} steps")
+    return starts, notes

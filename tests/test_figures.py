@@ -1,0 +1,283 @@
+"""Figures: the interval over seeds, the same bytes twice, numbers beside pictures."""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+from dtlib import figures
+from dtlib.errors import UserError
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_interval_against_every_possible_resample(seeds):
+    values = np.random.default_rng(1).normal(size=(seeds, 4))
+    everything = np.array(
+        [values[list(draw)].mean(axis=0) for draw in itertools.product(range(seeds), repeat=seeds)]
+    )
+    expected = np.percentile(everything, [2.5, 97.5], axis=0, method="inverted_cdf")
+    mean, low, high = figures.interval(values)
+    np.testing.assert_allclose(mean, values.mean(axis=0))
+    # The resamples are a draw from all those that exist: the spread of a mean scales the error.
+    np.testing.assert_allclose(
+        [low, high], expected, atol=0.05 * everything.std(axis=0).max() if seeds > 3 else 1e-12
+    )
+
+
+def test_interval_of_three_seeds_is_their_range_and_of_one_seed_unknown():
+    values = np.array([[1.0, 5.0], [2.0, 3.0], [9.0, 4.0]])
+    _, low, high = figures.interval(values)
+    np.testing.assert_allclose([low, high], [values.min(axis=0), values.max(axis=0)])
+    mean, low, high = figures.interval(values[:1])
+    assert mean.tolist() == [1.0, 5.0]
+    assert np.isnan([low, high]).all()
+
+
+def test_interval_of_equal_seeds_holds_their_mean():
+    for hits in range(1, 30):
+        mean, low, high = figures.interval(np.full((3, 1), 100 * hits / 29))
+        assert low <= mean <= high
+
+
+def test_interval_keeps_shape_and_repeats():
+    values = np.random.default_rng(2).normal(size=(4, 2, 3))
+    first, second = figures.interval(values), figures.interval(values)
+    for a, b in zip(first, second, strict=True):
+        assert a.shape == (2, 3)
+        assert (a == b).all()
+    assert [np.shape(part) for part in figures.interval(np.arange(4.0))] == [(), (), ()]
+
+
+def draw() -> plt.Figure:
+    figures.use_style()
+    figure, ax = plt.subplots()
+    values = np.random.default_rng(3).normal(size=(3, 10)).cumsum(axis=1)
+    figures.band(ax, np.arange(10), values, "random-matched", figures.COLOURS["random-matched"])
+    figures.band(ax, np.arange(10), values + 3, "something new", None)
+    ax.legend()
+    return figure
+
+
+def test_band_draws_mean_seeds_and_interval():
+    ax = draw().axes[0]
+    assert len(ax.lines) == 2 * (1 + 3)
+    assert len(ax.collections) == 2
+    assert ax.lines[0].get_linestyle() == "--" and ax.lines[0].get_marker() == "v"
+    assert {line.get_color() for line in ax.lines[:4]} == {figures.COLOURS["random-matched"]}
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "random-matched",
+        "something new",
+    ]
+    plt.close("all")
+
+
+def test_styles_differ_without_colour():
+    shared = {
+        "language": "gpt2",
+        "image": "igpt",
+        "image-native": "igpt-native",
+    }  # each stands in the other's place
+    assert all(figures.STYLES[ours] == figures.STYLES[theirs] for ours, theirs in shared.items())
+    marks = [style[1:] for name, style in figures.STYLES.items() if name not in shared]
+    assert len(set(marks)) == len(marks)
+
+
+def test_every_colour_is_visible_on_white():
+    """By the web accessibility guidelines' contrast, 1 to 21; paper A's own random has 1.8."""
+    for name, colour in figures.COLOURS.items():
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+        assert 1.05 / (np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05) > 2.5, name
+
+
+def write_notebook(folder, *sources):
+    """A notebook with a cell of text and a code cell for each of ``sources``."""
+    cells = [{"cell_type": "code", "source": list(source.splitlines(True))} for source in sources]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "00_first.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": "text"}, *cells]}))
+    return path
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with the notebook 00_first, as the current folder."""
+    folder = tmp_path / "repository"
+    write_notebook(folder / "notebooks", "epochs = 3", "print(epochs)\nprint()")
+    (folder / "pyproject.toml").touch()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DTLIB_FIGURES", raising=False)
+    return folder
+
+
+def test_saving_twice_gives_the_same_bytes(repository, tmp_path, monkeypatch):
+    table = pd.DataFrame({"epoch": [0, 1], "action_error": [0.1, 1 / 3]})
+    saved = []
+    for attempt in ("first", "second"):
+        monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path / attempt))
+        monkeypatch.setenv(
+            "SOURCE_DATE_EPOCH", {"first": "0", "second": "1000000000"}[attempt]
+        )  # another day
+        output = figures.Output("smoke", "00_first")
+        output.save(draw(), "curve", table)
+        output.record({"b": np.float32(0.5), "a": 1 / 3, "nothing": np.nan, "rows": np.arange(2)})
+        plt.close("all")
+        folder = tmp_path / attempt / "smoke" / "00_first"
+        saved.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert sorted(saved[0]) == ["curve.csv", "curve.pdf", "curve.png", "results.json"]
+    assert saved[0] == saved[1]
+    read = pd.read_csv(tmp_path / "first/smoke/00_first/curve.csv")
+    pd.testing.assert_frame_equal(read, table, check_exact=True)
+
+
+def test_record_keeps_every_digit_and_says_where_it_comes_from(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path))
+    monkeypatch.setenv("DTLIB_OVERRIDES", '{"seeds": [0], "epochs": 5}')
+    figures.Output("smoke", "00_first", {"epochs": 2}).record({"b": {"score": 1 / 3}, "a": np.inf})
+    text = (tmp_path / "smoke" / "00_first" / "results.json").read_text()
+    results = json.loads(text)
+    assert results["b"]["score"] == 1 / 3 and results["a"] is None
+    assert results["profile"] == "smoke" and results["overrides"] == {"seeds": [0], "epochs": 2}
+    assert {"torch", "mujoco", "gymnasium"} <= set(results["versions"])
+    assert results["notebook"] == figures.notebook_hash(repository / "notebooks/00_first.ipynb")
+    assert text.index('"a"') < text.index('"b"') < text.index('"overrides"')
+
+
+def test_record_names_the_notebook_as_it_was_at_the_start(repository):
+    output = figures.Output("smoke", "00_first")
+    before = figures.notebook_hash(repository / "notebooks" / "00_first.ipynb")
+    after = figures.notebook_hash(write_notebook(repository / "notebooks", "edited while it ran"))
+    output.record({})
+    recorded = json.loads((output.folder / "results.json").read_text())["notebook"]
+    assert recorded == before != after
+
+
+def test_the_hash_is_of_all_code_and_of_code_only(tmp_path):
+    known = {
+        figures.notebook_hash(write_notebook(tmp_path, *sources))
+        for sources in (["a = 1", "b"], ["a = 1", "c"], ["a = 1b"], ["a = 1"], ["b", "a = 1"])
+    }
+    assert len(known) == 5
+    path = write_notebook(tmp_path, "a = 1\nb")
+    first = figures.notebook_hash(path)
+    content = json.loads(path.read_text())
+    content["cells"][0]["source"] = "other text"
+    content["cells"][1]["source"] = "a = 1\nb"  # a string for a list of lines, as nbformat allows
+    content["cells"][1] |= {"outputs": [1], "execution_count": 7}
+    path.write_text(json.dumps(content))
+    assert figures.notebook_hash(path) == first
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_nothing_behind(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path / "figures"))
+    figure, ax = plt.subplots()
+    ax.set_title("$\\broken{$")
+    with pytest.raises(ValueError):
+        figures.Output("smoke", "00_first").save(figure, "curve", pd.DataFrame())
+    plt.close("all")
+    assert not [path for path in (tmp_path / "figures").rglob("*") if path.is_file()]
+
+
+def test_words_and_paragraphs(capsys):
+    assert (
+        figures.span([0.5]) == "0.50"
+        and figures.span(np.array([1.0, 1.0]), ".1f") == "1.0 [1.0, 1.0]"
+    )
+    figures.sentence("one\n   two " + 60 * "word ")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("one two word") and max(map(len, lines)) <= 100 and len(lines) == 4
+
+
+def test_playing_never_overwrites_results(repository, tmp_path, monkeypatch):
+    assert figures.Output("laptop", "00_first").folder == repository / "figures/mine/00_first"
+    monkeypatch.chdir(repository / "notebooks")
+    assert figures.Output("full", "00_first").folder == repository / "figures/mine/00_first"
+    monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path / "batch"))
+    assert figures.Output("full", "00_first").folder == tmp_path / "batch/full/00_first"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not inside the repository"):
+        figures.Output("laptop", "00_first")
+
+
+def test_what_was_measured_is_remembered_until_something_changes(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    cells, calls, run = ["profile = 'laptop'", "measure()"], [], SimpleNamespace(record={})
+    shell = SimpleNamespace(user_ns={"In": cells})
+    monkeypatch.setattr(figures, "get_ipython", lambda: shell)
+    output = figures.Output("laptop", "00_first")
+    table = pd.DataFrame({"nats": [1 / 3, np.nan]})
+
+    def measured(name="information"):
+        def measure():
+            calls.append(name)
+            return table.copy()
+
+        pd.testing.assert_frame_equal(output.remembered(name, measure, [run]), table)
+        return len(calls)
+
+    assert [measured(), measured(), measured("gradients"), measured()] == [1, 1, 2, 2]
+    cells[0] = "profile = 'full'"
+    assert [measured(), measured()] == [3, 3]
+    run.record["seconds"] = 1
+    assert [measured(), measured()] == [4, 4]
+    monkeypatch.setattr(figures, "versions", lambda: {"torch": "0"})
+    assert [measured(), measured()] == [5, 5]
+    (kept,) = tmp_path.glob("measures/laptop/00_first/information-*")  # the older ones are gone
+    kept.write_bytes(kept.read_bytes()[:-9])
+    assert [measured(), measured()] == [6, 6]
+    monkeypatch.setattr(figures, "get_ipython", lambda: None)  # nothing says what has changed
+    assert [measured(), measured()] == [7, 8]
+
+
+EVERY_TYPE = pd.DataFrame(
+    {
+        "whole": [1, -(2**62), 0],
+        "share": [1 / 3, np.nan, 5e-324],
+        "size": [np.inf, -0.0, -np.inf],
+        "single": np.array([0.1, 1e-30, np.nan], np.float32),
+        "reached": [True, False, True],
+        "text": ["a, b", '"\n', "naïve"],
+        "null-like": ["NaN", "null", ""],
+        "text or none": ["a", None, "None"],
+        "anything": pd.Series([None, 1, "1"], dtype=object),
+        "number or none": pd.Series([None, 2.5, 2], dtype=object),
+        "lists": [[1, 2.5], [], ["a", None]],
+        "boxes": [np.int64(3), np.float32(0.5), True],
+        "noise dimensions": np.arange(3, dtype=np.int32),
+    }
+)
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+def test_what_is_remembered_comes_back_exactly(rows, repository, tmp_path, monkeypatch):
+    """Types, every bit of a number, and text that looks like a missing value."""
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    shell = SimpleNamespace(user_ns={"In": []})
+    monkeypatch.setattr(figures, "get_ipython", lambda: shell)
+    table = EVERY_TYPE.iloc[:rows]
+    output = figures.Output("laptop", "00_first")
+    first = output.remembered("table", lambda: table)
+    found = output.remembered("table", lambda: pytest.fail("not remembered"))
+    pd.testing.assert_frame_equal(found, first, check_exact=True)
+    pd.testing.assert_frame_equal(found, table, check_exact=True, check_index_type=False)
+    for name in table.columns[[5, 6, 8, 9, 10]]:
+        assert [*map(repr, found[name])] == [*map(repr, table[name])], name
+    for name in table.columns[:5]:
+        assert found[name].to_numpy().tobytes() == table[name].to_numpy().tobytes(), name
+
+
+def test_random_bits_are_remembered_exactly(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    bits = np.random.default_rng(0).bytes(80_000)
+    table = pd.DataFrame({"x": np.frombuffer(bits), "y": np.frombuffer(bits, np.float32)[:10_000]})
+    found = figures.Output("laptop", "00_first").remembered("bits", lambda: table)
+    for name in table:
+        theirs, ours = table[name].to_numpy(), found[name].to_numpy()
+        assert (np.isnan(theirs) == np.isnan(ours)).all()
+        assert theirs[~np.isnan(theirs)].tobytes() == ours[~np.isnan(theirs)].tobytes()
