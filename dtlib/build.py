@@ -29,7 +29,7 @@ class Parts:
     model: DecisionTransformer
     optimiser: torch.optim.Optimizer
     further_loss: losses.LanguageLosses | None  # paper B's
-    validation_rows: Tensor  # (512,): the action error's windows, drawn from the training data
+    validation_rows: Tensor  # (512,): the action error's windows, from all episodes
     train_rows: Tensor | None  # rows that the run learns from; None: all
 
 

@@ -59,6 +59,7 @@ def rollout(
         returns_to_go[rows, t] = torch.as_tensor(still_to_come, **like)
         seen = slice(max(0, t + 1 - context), t + 1)
         time_steps = torch.arange(seen.start, seen.stop, device=weight.device)
+        # Step t's own action is still zero: the model does not see it.
         chosen = model.act(
             states[rows, seen],
             actions[rows, seen],

@@ -123,7 +123,7 @@ def fine_tune(
     with storage.growing(final) as folder:
         if folder is None:
             on_steps(config.epochs * config.steps_per_epoch)
-        # A run that was killed between its last file and its rename needs no training.
+        # If the record is written and the state is gone, only the rename is missing.
         elif not (folder / "run.json").exists() or (folder / "resume.safetensors").exists():
             with one_thread(device), torch.random.fork_rng(cards):
                 train_run(config, folder, device, on_steps)

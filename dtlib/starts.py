@@ -103,7 +103,7 @@ def pretrained_size(kind: str | None, size: str) -> str:
 def pretrained_folder(kind: str, size: str, seed: int, tokens: str = "") -> Path:
     """Return the folder of a model pre-trained here: this machine's own or a shipped one.
 
-    Of n such models, ``seed`` takes number seed mod n: other seeds also start from other models.
+    Of n such models, seed s takes number s mod n.
     Raises UserError if there is none.
     """
     found = {}

@@ -14,7 +14,7 @@ mujoco.set_mju_user_warning(warnings.warn)  # by default MuJoCo writes to ./MUJO
 
 @dataclass(frozen=True)
 class Task:
-    """A locomotion task. Returns are undiscounted sums of rewards; a length counts steps."""
+    """A locomotion task. Returns are undiscounted sums of rewards."""
 
     name: str
     environment: str  # gymnasium's id; -v4 has the physics of the -v2 that D4RL recorded

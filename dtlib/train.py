@@ -31,7 +31,7 @@ def make_optimiser(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
 
 
 def predict(model: DecisionTransformer, windows: Windows, precision: str = "float32") -> Tensor:
-    """Return predicted actions (B, K, A) in float32; "bfloat16" is that of the products."""
+    """Return predicted actions (B, K, A) in float32; "bfloat16" multiplies in bfloat16."""
     device = windows.states.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         actions = model(windows.states, windows.actions, windows.returns_to_go, windows.time_steps)
@@ -43,8 +43,8 @@ def learning_rate_at(
 ) -> float:
     """Return the learning rate of ``step`` (from 0) after a linear warm-up to ``peak``.
 
-    ``shape`` is what follows: "constant" (papers A and B); "decay", times the share of all steps
-    still to come; "cosine", not below a tenth (games).
+    ``shape`` is what follows: "constant" (papers A and B); "decay", multiplied by the share of
+    steps left; "cosine", not below a tenth (games).
     """
     warm = (step + 1) / max(warmup_steps, 1)
     if shape == "cosine":
@@ -68,7 +68,7 @@ def train_epoch(
     further_loss: Callable[[Windows, int], Tensor] | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> float:
-    """Take one training step for each row of ``first_rows`` (steps, B), the windows' first steps.
+    """Take one training step per line of ``first_rows`` (steps, B): where its windows begin.
 
     Returns the mean of ``loss_of(predictions, windows)``; ``further_loss(windows, step)`` is added
     to it for training. ``rate`` gives the learning rate of a step; ``first_step`` is the number of
@@ -78,8 +78,8 @@ def train_epoch(
     model.train()
     device = first_rows.device.type
     total = torch.zeros((), device=first_rows.device)
-    for step, row in enumerate(first_rows, first_step):
-        windows = sampler.windows(row)
+    for step, rows in enumerate(first_rows, first_step):
+        windows = sampler.windows(rows)
         loss = loss_of(predict(model, windows, precision), windows)
         total += loss.detach()
         if further_loss is not None:
