@@ -78,6 +78,17 @@ def causal_config(values: dict) -> PretrainedConfig:
     return AutoConfig.for_model(kind, **kept | words | {"use_cache": False})
 
 
+def check_options(dropout: tuple, donor: str | None, reset_heads: tuple[int, ...]) -> None:
+    """Raise UserError for what a library's own blocks cannot do."""
+    if any(dropout):
+        raise UserError(f"These blocks have no dropout: set dropout=(0, 0, 0), not {dropout}.")
+    if donor is not None or reset_heads:
+        raise UserError(
+            "Blocks can be swapped, and heads drawn anew, in GPT-2's and ImageGPT's architecture "
+            "only: choose another starting point."
+        )
+
+
 def wheel_folder(package: str) -> Path:
     """Return an installed package's folder, which holds a GGUF file, without importing it.
 

@@ -32,7 +32,8 @@ def describe(profile: str, asked: list[RunConfig], points: list) -> str:
     for kind, configs in kinds.items():
         step, turn, size = time_run(configs[0], device)
         steps = sum(config.epochs * config.steps_per_epoch for config in configs)
-        own = (steps * step + turn * sum(map(_turns, configs))) / 3600 / beside
+        own = (steps * step + turn * sum(map(_turns, configs))) / 3600
+        own /= min(beside, len(configs))
         hours += own
         disk += size * sum(len({0, c.epochs, *c.checkpoints}) for c in configs) / 1e9
         text = "  {} runs of size {}, K = {}, batch {}, {}: {:,} steps of {:.0f} ms, {:.1f} hours"

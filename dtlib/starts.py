@@ -178,6 +178,8 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "weights"))
         model = blank_model(task, shape, action_head)
+        if isinstance(model, causal.CausalTransformer):
+            causal.check_options(dropout, donor, reset_heads)
         nn.init.normal_(model.embed_time.weight, std=time_embedding_std)
         if folder is not None:
             load = causal.load_body if point.architecture == "causal" else load_blocks

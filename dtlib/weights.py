@@ -54,6 +54,8 @@ def read_config(folder: Path) -> dict:
 def backbone(point: object, size: str, folder: Path | None, dropout: tuple) -> dict:
     """Return the configuration of a starting point's blocks, with the smallest word tables."""
     if folder is None and size == "smollm2":
+        if point.heads is not None:
+            raise UserError("Size 'smollm2' has its own heads: take 'random-matched'.")
         return SMOLLM2
     if point.architecture == "causal":
         return read_any_config(folder)

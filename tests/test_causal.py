@@ -11,11 +11,14 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.qwen2 import Qwen2Config
 
 from dtlib import causal
+from dtlib.config import RunConfig
 from dtlib.errors import UserError
+from dtlib.runs import fine_tune
 from dtlib.starts import build_model
 from dtlib.tasks import get_task
 
 HOPPER = get_task("hopper")
+NO_DROPOUT = (0.0, 0.0, 0.0)
 SHAPE = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 64}
 FEWER = {"num_key_value_heads": 2}
@@ -37,7 +40,8 @@ def folder(request, tmp_path_factory):
 
 
 def build(folder, **options):
-    return build_model(str(folder), "mini", HOPPER, 0, action_head="separate", **options).eval()
+    options = {"action_head": "separate", "dropout": NO_DROPOUT} | options
+    return build_model(str(folder), "mini", HOPPER, 0, **options).eval()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
@@ -58,6 +62,24 @@ def test_right_padding_changes_nothing_and_act_is_the_last_prediction(folder):
     torch.testing.assert_close(ours.act(*given), whole[:, -1], rtol=0, atol=1e-5)
 
 
+def test_a_run_is_trained_and_loaded(folder, hopper_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    shape = {"context": 2, "epochs": 1, "steps_per_epoch": 2, "batch_size": 2}
+    config = RunConfig(
+        dataset=str(hopper_file),
+        initialisation=str(folder),
+        action_head="separate",
+        dropout=NO_DROPOUT,
+        evaluation_episodes=1,
+        **shape,
+    )
+    run = fine_tune(config)
+    first, start = run.load_model(0), build(folder)
+    for (name, was), given in zip(first.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(was, given), name
+    assert not torch.equal(run.load_model().embed_state.weight, first.embed_state.weight)
+
+
 def test_every_tensor_is_loaded_but_the_word_table(folder):
     ours = build(folder)
     stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).base_model
@@ -71,7 +93,9 @@ def test_every_tensor_is_loaded_but_the_word_table(folder):
 
 def test_shuffled_and_random_controls_of_a_size(monkeypatch):
     monkeypatch.setitem(causal.SMOLLM2, "num_hidden_layers", 1)
-    model = build_model("random-matched", "smollm2", HOPPER, 0)
+    model = build_model("random-matched", "smollm2", HOPPER, 0, NO_DROPOUT)
+    with pytest.raises(UserError, match="take 'random-matched'"):
+        build_model("random", "smollm2", HOPPER, 0, NO_DROPOUT)
     assert model.config.model_type == "llama" and model.config.num_key_value_heads == 3
     assert model.h[0].self_attn.q_proj.weight.shape == (576, 576)
 
@@ -88,6 +112,16 @@ def test_bad_folders_are_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text(CONFIGS["llama"].to_json_string())
     with pytest.raises(UserError, match="does not fit its architecture"):
         build(tmp_path)
+
+
+def test_what_these_blocks_cannot_do_is_one_sentence(folder):
+    for options, says in (
+        ({"dropout": (0.2, 0.1, 0.1)}, "have no dropout"),
+        ({"donor": str(folder)}, "swapped"),
+        ({"reset_heads": (0,)}, "drawn anew"),
+    ):
+        with pytest.raises(UserError, match=says):
+            build(folder, **options)
 
 
 def test_an_absent_wheel_says_the_command(monkeypatch):

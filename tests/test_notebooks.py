@@ -1,5 +1,6 @@
 """The real notebooks on the smoke profile: real data, training, rollouts and figures."""
 
+import contextlib
 import json
 import os
 from unittest.mock import patch
@@ -9,6 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import cells
+from IPython.display import display
+from matplotlib.figure import Figure
 
 from dtlib import batch, profiles
 from dtlib import figures as dtlib_figures
@@ -41,19 +44,36 @@ def code_cells(path):
     return [cell for cell in everything if cell["cell_type"] == "code"]
 
 
+@contextlib.contextmanager
+def in_this_process(folder):
+    """What a kernel sets up for a notebook; afterwards all is as before.
+
+    Figures are not painted: only their numbers are compared.
+    """
+    with (
+        patch.dict(os.environ, DTLIB_FIGURES=str(folder)),
+        patch.dict(dtlib_figures.STYLES),
+        patch.object(Figure, "draw_without_rendering"),
+        patch.object(Figure, "savefig", lambda figure, path, **_: path.touch()),
+        plt.rc_context(),
+        torch.enable_grad(),
+    ):
+        try:
+            yield {"__name__": "__main__", "display": display}
+        finally:
+            plt.close("all")
+            torch.set_num_threads(1)
+
+
 def run_here(name, settings, folder):
-    """Execute a notebook's cells in this process, which need not import everything anew."""
+    """Execute a notebook's cells in this process, which has imported everything."""
     (job,) = batch.plan(repository() / "notebooks", "smoke", [name], settings)
     pretrain_all(profiles.to_be_pretrained("smoke", job.values))
-    scope = {"__name__": "__main__"}
-    environment = patch.dict(os.environ, DTLIB_FIGURES=str(folder))
-    with environment, patch.dict(dtlib_figures.STYLES), plt.rc_context():
+    with in_this_process(folder) as scope:
         for cell in code_cells(job.path):
             exec(compile("".join(cell["source"]), job.path.name, "exec"), scope)
             if "parameters" in cell["metadata"].get("tags", []):
                 scope |= job.values
-    plt.close("all")
-    torch.set_num_threads(1)
     return folder / "smoke" / job.path.stem
 
 

@@ -48,7 +48,7 @@ class PretrainConfig:
     """All that decides a starting point. Raises UserError for a wrong name, type or value."""
 
     kind: Literal["language", "image", "markov", "iid"]
-    size: Literal[tuple(SIZES)] = "mini"
+    size: Literal[tuple(name for name in SIZES if name != "smollm2")] = "mini"
     seed: Whole = 0
     corpus: str = ""  # see language.py and images.py; empty: what comes with every install
     vocabulary: Annotated[int, Field(ge=257, le=65535)] | None = None  # of the byte-level BPE

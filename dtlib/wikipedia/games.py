@@ -198,7 +198,8 @@ def fine_tuned_game(config: GameConfig, device: str = "auto", progress: bool = T
     """
     final, device = storage.cache_root() / "games" / config.name, choose_device(device)
     with storage.growing(final) as folder:
-        if folder:
+        begun = folder and (folder / "resume.safetensors").exists()
+        if folder and (begun or not (folder / "run.json").exists()):
             _train(config, folder, device, progress)
     return json.loads((final / "run.json").read_text())
 

@@ -137,6 +137,8 @@ def add_adapters(blocks: nn.ModuleList, rank: int, seed: int) -> None:
         import peft  # an extra
     except ModuleNotFoundError as error:
         raise UserError("Adapters need peft: `pip install 'dtlib[adapters]'`.") from error
+    if not hasattr(blocks[0], "attn"):
+        raise UserError("Adapters fit GPT-2's and ImageGPT's blocks only: set adapter_rank=0.")
     where = {"target_modules": r"\d+\.attn\.c_(attn|proj)", "fan_in_fan_out": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "adapters"))
