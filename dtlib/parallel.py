@@ -27,7 +27,6 @@ def run_all(
     *,
     total: int,
     description: str,
-    unit: str = "step",
     device: str = "cpu",
     processes: int | None = None,
     progress: bool = True,
@@ -40,7 +39,7 @@ def run_all(
     number = min(processes or joblib.effective_n_jobs(-1), len(items))
     if device == "cuda":
         number = min(number, torch.cuda.device_count())
-    with tqdm(total=total, desc=description, unit=unit, disable=not (progress and items)) as bar:
+    with tqdm(total=total, desc=description, unit="step", disable=not (progress and items)) as bar:
         if number <= 1:
             return [job(item, device, bar.update) for item in items]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _shown(bar, folder):

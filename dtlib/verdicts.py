@@ -29,11 +29,3 @@ def decide(
     about = {"section": section, "claim": claim, "rule": rule, "measure": measure, "task": task}
     found = {"effect": effect, "low": low, "high": high, "threshold": threshold, "seeds": seeds}
     return {**about, **found, "verdict": verdict}
-
-
-def effect_in_words(row: dict, form: str = ".2f") -> str:
-    """The effect of ``decide``'s row, and its interval where there are three seeds or more."""
-    words = f"{row['effect']:{form}}"
-    if np.isnan(row["low"]):
-        return words
-    return f"{words}, 95 % t-interval {row['low']:{form}} to {row['high']:{form}}"

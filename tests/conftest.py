@@ -34,7 +34,7 @@ def cells(notebook: str, tag: str) -> SimpleNamespace:
 def pytest_collection_modifyitems(items):
     """Of two processes each takes whole files; the notebooks, half of all the work, are divided."""
     for item in items:
-        other = ("[02_", "[04_", "[07_", "[08_", "[11_")
+        other = ("[02_", "[04_", "[07_", "[08_", "[11_", "add_up")
         slow = item.path.stem == "test_notebooks" and any(number in item.name for number in other)
         item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{' 2' * slow}"))
 

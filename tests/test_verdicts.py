@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dtlib.verdicts import decide, effect_in_words
+from dtlib.verdicts import decide
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,3 @@ def test_the_interval_is_students():
 def test_an_unknown_measure_is_refused():
     with pytest.raises(ValueError, match="as released"):
         decide("A 5.1", "claim", "rule", "eyeballed", "hopper", [1.0])
-
-
-def test_an_effect_in_words():
-    of_three = decide("A 5.1", "claim", "rule", "corrected", "hopper", [1.0, 2.0, 3.0])
-    assert effect_in_words(of_three, "+.1f") == "+2.0, 95 % t-interval -0.5 to +4.5"
-    of_two = decide("A 5.1", "claim", "rule", "corrected", "hopper", [1.0, 2.0])
-    assert effect_in_words(of_two, ".2f") == "1.50"
