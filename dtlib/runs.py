@@ -144,7 +144,8 @@ def train_run(config: RunConfig, folder: Path, device: str, on_steps: OnSteps) -
             "back, or move that folder away."
         )
     metrics, seconds = progress["metrics"], progress["seconds"]
-    on_steps(metrics[-1]["step"] if metrics else 0)
+    if metrics:
+        on_steps(metrics[-1]["step"])
     for epoch in range(len(metrics), config.epochs + 1):
         began = time.perf_counter()
         loss = _train_one_epoch(config, parts, epoch, on_steps) if epoch else None
