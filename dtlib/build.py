@@ -14,9 +14,7 @@ from dtlib.tasks import Task, get_task
 from dtlib.wikipedia import losses
 
 VALIDATION_WINDOWS = 512
-MODEL_OPTIONS = (
-    *("dropout", "time_embedding_std", "donor", "swapped_block", "reset_heads", "action_head"),
-)
+OPTIONS = ("dropout", "time_embedding_std", "donor", "swapped_block", "reset_heads", "action_head")
 
 
 @dataclass
@@ -37,7 +35,7 @@ def build(config: RunConfig, device: str) -> Parts:
     """Build the objects that ``config`` names. Raises UserError if one of them cannot be had."""
     task, trajectories = get_task(config.task), load_data(config, progress=False)
     sampler = data.WindowSampler(trajectories, config.context, task.return_scale, device)
-    options = {name: getattr(config, name) for name in MODEL_OPTIONS}
+    options = {name: getattr(config, name) for name in OPTIONS}
     model = build_model(config.initialisation, config.size, task, config.seed, **options)
     further_loss = losses.add_language(config, model, device)
     rows = None

@@ -89,8 +89,8 @@ def fine_tuned(
 ) -> list[Run]:
     """Return the finished runs of ``configs``, in order. Missing ones are trained, several at once.
 
-    One run takes one core, or one card. Ctrl-C leaves every run resumable from its last finished
-    epoch. Raises UserError if the device is absent or the data cannot be loaded.
+    Each takes one core or card. Ctrl-C leaves every run resumable from its last finished epoch.
+    Raises UserError if the device is absent or the data cannot be loaded.
     """
     device = choose_device(device)
     folders = {config: run_folder(config) for config in configs}

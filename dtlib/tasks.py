@@ -50,9 +50,8 @@ class Task:
             )
 
 
-# Targets are the released code's; Takagi (2022) reports the first. D4RL's references are in
-# d4rl.infos. Takagi's are mean returns of D4RL's -v2 files `random` and `expert`: Hopper's pair is
-# in the released code; public Decision Transformer code lists the other two.
+# Targets: the released code's. D4RL's references: d4rl.infos. Takagi's: mean returns of D4RL's -v2
+# files `random` and `expert`, Hopper's in the released code, the others in other public code.
 TASKS: dict[str, Task] = {}
 for _task in (
     Task(
