@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from dtlib.data import Trajectories, Windows, WindowSampler
 from dtlib.errors import UserError
+from dtlib.sources.collected import POLICIES
 from dtlib.storage import atomic_write, cache_root, digest, growing
 from dtlib.wikipedia.emulator import STACK, Game, lockstep, pong_actions
 
-POLICIES = Path(__file__).parents[1] / "policies"
 ARRAYS = {  # dtype, shape of a row
     "$store$_observation": (np.uint8, (84, 84)),
     "$store$_action": (np.int32, ()),
