@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +31,23 @@ def cells(notebook: str, tag: str) -> SimpleNamespace:
     if not found:
         raise ValueError(f"{path.name} has no cell tagged {tag!r}")
     return SimpleNamespace(**scope)
+
+
+def output_until_all_ended(process, number: int, deadline: threading.Timer) -> str:
+    """Send Ctrl-C (SIGINT) or a kill; return what the script and its workers printed until the end.
+
+    All of them end within 30 seconds, and the script does not run again in a worker.
+    """
+    sent = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C in a terminal: to the workers, too
+    else:
+        process.kill()
+    output = process.communicate()[0]  # comes when the last process that could write has ended
+    assert deadline.is_alive() and time.monotonic() - sent < 30
+    deadline.cancel()
+    assert "script\n" not in output and process.returncode in (-number, 1)
+    return output
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -13,6 +13,7 @@ import joblib
 import psutil
 import pytest
 import torch
+from conftest import output_until_all_ended
 
 from dtlib import parallel
 from dtlib.errors import UserError
@@ -198,15 +199,7 @@ def test_workers_end_with_their_parent(tmp_path, number, working):
         while len(workers_of(process.pid)) < 2:
             time.sleep(0.02)
         time.sleep(0.3)  # the parent, which was deaf meanwhile, hears again
-    sent = time.monotonic()
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as Ctrl-C in a terminal: to the workers, too
-    else:
-        process.kill()
-    output = process.communicate()[0]  # comes when the last process that could write has ended
-    assert deadline.is_alive() and time.monotonic() - sent < 30
-    deadline.cancel()
-    assert "script\n" not in output and process.returncode in (-number, 1)
+    output = output_until_all_ended(process, number, deadline)
     if number == signal.SIGINT:  # the parent's traceback and no worker's
         assert "KeyboardInterrupt" in output and output.count("Traceback") == 1
 

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import minari
 import numpy as np
 import psutil
 import pytest
+from conftest import output_until_all_ended
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from safetensors.numpy import load_file, save_file
 from test_data import arrays, write
@@ -304,15 +304,7 @@ def test_workers_end_with_their_parent(own_cache, tmp_path, number):
     deadline = threading.Timer(300, os.killpg, (process.pid, signal.SIGKILL))
     deadline.start()
     assert [process.stdout.readline() for _ in range(2)] == ["script\n", "collecting\n"]
-    sent = time.monotonic()
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as Ctrl-C in a terminal: to the workers, too
-    else:
-        process.kill()
-    output = process.communicate()[0]  # comes when the last process that could write has ended
-    assert deadline.is_alive() and time.monotonic() - sent < 30
-    deadline.cancel()
-    assert "script\n" not in output and process.returncode in (-number, 1)
+    output = output_until_all_ended(process, number, deadline)
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in output and output.count("Traceback") == 1
         assert listing(own_cache) == []
