@@ -1,6 +1,7 @@
 """Run the notebooks: check all, pre-train what is missing, execute each, list its figures."""
 
 import ast
+import base64
 import contextlib
 import io
 import json
@@ -18,12 +19,14 @@ from unittest.mock import patch
 
 import nbformat
 from ipykernel.kernelspec import write_kernel_spec
+from nbformat import NotebookNode
+from PIL import Image
 
 from dtlib import profiles
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
 from dtlib.settings import fit, parse_settings
-from dtlib.storage import no_room, repository, write_text
+from dtlib.storage import cache_root, no_room, repository, write_text
 
 
 class Job(NamedTuple):
@@ -174,16 +177,16 @@ def run(
 
 
 def execute(job: Job, root: Path, folder: Path) -> None:
-    """Execute a notebook with this interpreter in ``root``; keep what it shows in ``folder``.
+    """Execute a notebook with this interpreter in ``root``; write ``folder``/executed.ipynb.
 
-    Raises UserError if a cell fails.
+    Raises UserError if a cell fails; unfinished.ipynb then holds what was executed.
     """
     import papermill  # slow to import
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns wrongly about parameters
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it echoes each Ctrl-C at length
     folder.mkdir(parents=True, exist_ok=True)
-    name, copy = job.path.stem, folder / "executed.ipynb"
+    name, copy = job.path.stem, folder / "unfinished.ipynb"
     settings = {"cwd": root, "kernel_name": "python3", "language": "python"}
     # The second shows progress inside a cell.
     settings |= {"progress_bar": {"desc": name}, "stderr_file": sys.stderr}
@@ -204,6 +207,46 @@ def execute(job: Job, root: Path, folder: Path) -> None:
         except RuntimeError as error:  # the kernel died
             reason = f"{error}, perhaps for lack of memory; see {copy}"
             raise UserError(f"Notebook {name} stopped: {reason}.") from error
+    executed = to_read(nbformat.read(copy, as_version=4), root)
+    executed.metadata["dtlib"] = {"profile": job.values["profile"], "notebook": name}
+    write_text(folder / "executed.ipynb", nbformat.writes(executed) + "\n")
+    copy.unlink()
+
+
+def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
+    """Return an executed notebook without times, progress bars and paths of this machine.
+
+    Pictures get 256 colours, a third of the bytes. The same outputs give the same bytes.
+    """
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    about = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    notebook.metadata = nbformat.from_dict(about)
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.id = tags[0] if "injected-parameters" in tags else cell.id  # else a random one
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs = [_small(output) for output in cell.outputs if _is_shown(output)]
+    text = nbformat.writes(notebook).replace(str(cache_root()), "CACHE")
+    return nbformat.reads(text.replace(f"{root}/", ""), as_version=4)
+
+
+def _is_shown(output: NotebookNode) -> bool:
+    return output.get("name") != "stderr"
+
+
+def _small(output: NotebookNode) -> NotebookNode:
+    data = output.get("data", {})
+    if len(data) > 1:
+        data.pop("text/plain", None)  # there is a picture or a table
+    if picture := data.get("image/png"):
+        small = io.BytesIO()
+        image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+        image.quantize(256).save(small, "png", optimize=True)
+        data["image/png"] = base64.b64encode(small.getvalue()).decode()
+    return output
 
 
 def list_figures(path: Path, folder: Path, began: float) -> None:

@@ -82,6 +82,17 @@ def log_axis(ax: plt.Axes) -> None:
     ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
 
 
+def alt_text(figure: plt.Figure, name: str) -> str:
+    """Return what a figure shows in words: each panel's title and axes, then all labels."""
+    panels, shown = [], []
+    for ax in figure.axes:
+        axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+        panels.append(": ".join(filter(None, (ax.get_title(), axes))))
+        shown += ax.get_legend_handles_labels()[1]
+    parts = ["; ".join(dict.fromkeys(filter(None, panels))), ", ".join(dict.fromkeys(shown))]
+    return ". ".join([name.replace("_", " ").capitalize(), *filter(None, parts)]) + "."
+
+
 def of_task(name: str, task: str, tasks: list[str]) -> str:
     """A figure's name: ``name`` for the first of ``tasks``, ``name_task`` for the others."""
     return name if task == tasks[0] else f"{name}_{task}"
@@ -137,7 +148,7 @@ class Output:
         plt.close(figure)  # a notebook would draw it once more
         if (shell := get_ipython()) is not None and shell.has_trait("kernel"):
             image, width = str(self.folder / f"{name}.png"), round(96 * figure.get_figwidth())
-            display.display(display.Image(image, width=width))
+            display.display(display.Image(image, width=width, alt=alt_text(figure, name)))
 
     def record(self, results: dict) -> None:
         """Write results.json: ``results`` (NaN as null), profile, overrides, versions, notebook."""

@@ -1,6 +1,8 @@
 """The batch runner on throw-away notebooks: wrong names run nothing, figures are new."""
 
+import base64
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -12,12 +14,14 @@ import nbformat
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from dtlib import batch, planning, profiles
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
 from dtlib.pretraining import training as pretraining
 from dtlib.settings import parse_settings
+from dtlib.storage import cache_root
 from dtlib.storage import repository as find_repository
 
 PARAMETERS = """profile = "laptop"
@@ -348,12 +352,39 @@ def test_a_failing_cell_stops_the_batch_and_is_named(repository):
     write_notebook(repository / "notebooks" / "00_first.ipynb", *cells)
     with pytest.raises(UserError) as caught:
         batch.run("laptop")
-    executed = repository / "figures" / "laptop" / "00_first" / "executed.ipynb"
+    executed = repository / "figures" / "laptop" / "00_first" / "unfinished.ipynb"
     reason = "ZeroDivisionError: division by zero"
     for part in ("00_first", "cell [4]", "(result = before / 0)", reason, str(executed)):
         assert part in str(caught.value)
     assert executed.exists()
     assert not (repository / "figures" / "laptop" / "01_second").exists()
+
+
+SHOWN = """import os, sys, warnings
+from dtlib.storage import cache_root
+import matplotlib.pyplot as plt, pandas as pd
+print(os.getcwd() + "/figures", cache_root() / "runs", file=sys.stdout)
+print(f"{50}%|#####     |", file=sys.stderr)
+display(pd.DataFrame({"a": [1]}))
+_ = plt.imshow([[0, 1], [2, 3]])"""
+
+
+def test_what_is_kept_to_read_is_the_same_again_and_holds_no_path(repository):
+    write_notebook(repository / "notebooks" / "00_first.ipynb", SHOWN)
+    (job,) = plan(repository, wanted=["00"])
+    kept = []
+    for folder in ("one", "two"):
+        batch.execute(job, repository, repository / folder / "laptop" / "00_first")
+        (path,) = (repository / folder).rglob("*.ipynb")
+        kept.append(path.read_bytes())
+    assert kept[0] == kept[1]
+    for lost in (str(repository), str(cache_root()), "50%", "papermill", "duration"):
+        assert lost not in kept[0].decode()
+    printed, table, picture = nbformat.reads(kept[0], as_version=4).cells[-1].outputs
+    assert printed["text"] == "figures CACHE/runs\n"
+    assert list(table["data"]) == ["text/html"] and list(picture["data"]) == ["image/png"]
+    pixels = Image.open(io.BytesIO(base64.b64decode(picture["data"]["image/png"])))
+    assert pixels.mode == "P" and pixels.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def write_figures(folder, *names, old=False):

@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from dtlib.figures import notebook_hash
@@ -60,3 +61,19 @@ def test_names_the_cell_that_draws_each_figure(folder):
         assert tags.count(entry["cell"]) == 1, f"{notebook} has no cell {entry['cell']!r} ({name})"
         for suffix in ("pdf", "csv"):
             assert (ROOT / folder / f"{name}.{suffix}").is_file(), f"{name}.{suffix}"
+
+
+@pytest.mark.parametrize("folder", committed())
+def test_the_notebook_to_read_is_the_one_of_today(folder):
+    _, profile, notebook = Path(folder).parts
+    path = ROOT / folder / "executed.ipynb"
+    command = f"python -m dtlib figures --profile {profile} {notebook}"
+    assert path.is_file(), f"{path} is absent: run `{command}` and commit it"
+    assert path.stat().st_size < 2e6, "pictures are kept small"
+    executed = nbformat.read(path, as_version=4)
+    cells = [cell for cell in executed.cells if cell.cell_type == "code"]
+    read = [cell.source for cell in cells if cell.metadata.get("tags") != ["injected-parameters"]]
+    today = ["".join(cell["source"]) for cell in code_cells(notebook)]
+    assert read == today, f"{path} is stale: run `{command}` and commit it"
+    for machine in ("/home/", "/Users/", "/root/", "/tmp/"):
+        assert machine not in nbformat.writes(executed), f"{path} names a folder of one machine"

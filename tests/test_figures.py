@@ -65,6 +65,13 @@ def draw() -> plt.Figure:
     return figure
 
 
+def test_a_figure_is_described_in_words():
+    figure = draw()
+    figure.axes[0].set(title="hopper", xlabel="step", ylabel="action error")
+    words = "Two curves. hopper: action error against step. random-matched, something new."
+    assert figures.alt_text(figure, "two_curves") == words
+
+
 def test_band_draws_mean_seeds_and_interval():
     ax = draw().axes[0]
     assert len(ax.lines) == 2 * (1 + 3)
