@@ -51,7 +51,7 @@ def defaults(path: Path) -> dict[str, object]:
 
 def find(folder: Path, wanted: list[str] | None) -> list[Path]:
     """Return the notebooks of ``folder`` with these numbers or names, in order; all by default."""
-    known = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    known = sorted(folder.glob("[0-9a][0-9_]*.ipynb"))  # 00_…, and the first: a_hundred_lines
     if not known:
         raise UserError(f"There is no notebook in {folder}: expected names such as 00_first.ipynb.")
     names = {alias: path for path in known for alias in (path.stem, path.name, path.stem[:2])}
@@ -268,8 +268,9 @@ def list_figures(path: Path, folder: Path, began: float) -> None:
     found = {}
     for png in sorted(folder.glob("*.png")):
         if png.stat().st_mtime < began:
-            for end in ("png", "pdf", "csv"):
-                png.with_suffix(f".{end}").unlink(missing_ok=True)
+            for file in folder.glob(f"{png.stem}.*"):
+                if file.stat().st_mtime < began:  # a figure that became a table keeps its csv
+                    file.unlink()
             continue
         own = [tag for tag in tags if f"figure-{png.stem}_".startswith(f"{tag}_")]
         if not own:

@@ -7,30 +7,41 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython import display, get_ipython
 from matplotlib.ticker import LogLocator
 from pydantic_core import to_json
+from scipy import special
 
 from dtlib.storage import atomic_write, cache_root, digest, repository, versions, write_text
 
-# Colour, marker, line style of each starting point: they can be told apart without colour, too.
-# The first three colours are paper A's; its random, (0.733, 0.737, 0.870), is darkened to be seen.
+# Colour, marker, line style of each starting point. Any two colours differ by ΔE >= 20 (CIE 1976)
+# for full colour vision, deuteranopia and protanopia; marks tell them apart without colour.
 STYLES: dict[str, tuple[tuple[float, float, float], str, str]] = {
-    "gpt2": ((0.372, 0.537, 0.537), "o", "-"),
-    "igpt": ((0.627, 0.352, 0.470), "s", "-"),
-    "random": ((0.53, 0.54, 0.78), "^", "-"),
-    "random-matched": ((0.275, 0.290, 0.565), "v", "--"),
-    "igpt-native": ((0.878, 0.545, 0.325), "D", "--"),
-    "markov": ((0.25, 0.63, 0.83), "P", "-."),
-    "iid": ((0.70, 0.62, 0.10), "X", ":"),
+    "gpt2": ((0.05, 0.52, 0.37), "o", "-"),
+    "igpt": ((0.70, 0.22, 0.54), "s", "-"),
+    "random": ((0.32, 0.45, 0.84), "^", "-"),
+    "random-matched": ((0.16, 0.16, 0.49), "v", "--"),
+    "igpt-native": ((0.70, 0.39, 0.14), "D", "--"),
+    "markov": ((0.14, 0.66, 0.86), "P", "-."),
+    "iid": ((0.77, 0.59, 0.00), "X", ":"),
+    "language-shuffled": ((0.40, 0.67, 0.39), "<", "--"),
+    "language-rotated": ((0.40, 0.27, 0.09), ">", "-."),
     "data": ((0.25, 0.25, 0.25), "", ":"),
 }
-for _ours, _theirs in (("language", "gpt2"), ("image", "igpt"), ("image-native", "igpt-native")):
-    STYLES[_ours] = STYLES[_theirs]  # ours stands in the place of the paper's
+ALIASES = {"language": "gpt2", "image": "igpt", "image-native": "igpt-native", "smollm2": "gpt2"}
+ALIASES |= {f"smollm2-{how}": f"language-{how}" for how in ("shuffled", "rotated")}
+STYLES |= {ours: STYLES[theirs] for ours, theirs in ALIASES.items()}
 COLOURS = {name: style[0] for name, style in STYLES.items()}
+# Marks of the verdicts: they differ in shape and in filling.
+VERDICTS = {
+    "supported": {"marker": "o", "color": "0.15"},
+    "undecided": {"marker": "o", "color": "0.6", "markerfacecolor": "none"},
+    "not supported": {"marker": "X", "color": "0.15", "markerfacecolor": "white"},
+}
 
 
 def use_style() -> None:
@@ -55,6 +66,15 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.minimum(low, mean), np.maximum(high, mean)  # rounding can part equal seeds
 
 
+def t_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of ``values`` (seeds,) and its 95 % t-interval, which is NaN below three seeds."""
+    values = np.asarray(values, dtype=np.float64)
+    if (seeds := len(values)) < 3:
+        return values.mean() if seeds else np.nan, np.nan, np.nan
+    mean, half = values.mean(), special.stdtrit(seeds - 1, 0.975) * values.std(ddof=1) / seeds**0.5
+    return mean, mean - half, mean + half
+
+
 def span(values: np.ndarray, form: str = ".2f") -> str:
     """``interval`` of ``values`` (seeds,) as "mean [low, high]"; of one seed the value alone."""
     mean, low, high = interval(values)
@@ -74,6 +94,108 @@ def band(ax: plt.Axes, x: np.ndarray, values: np.ndarray, label: str, colour=Non
     colour = ax.plot(x, mean, line, label=label, **style)[0].get_color()
     ax.plot(x, np.transpose(values), line, color=colour, linewidth=0.6, alpha=0.5)
     ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+
+
+def look(name: str, **own) -> dict:
+    """Colour and marker of a starting point as keywords for ax.plot; grey circles if unknown."""
+    colour, marker, _ = STYLES.get(name, ("0.4", "o", "-"))
+    return {"color": colour, "marker": marker, "linestyle": ""} | own
+
+
+def dots(ax: plt.Axes, rows: dict[str, pd.DataFrame], against: str | None = None) -> None:
+    """Draw one line of marks for each of ``rows``: {label: table of seeds × starting points}.
+
+    Large mark and bar: mean and 95 % t-interval over seeds. Small marks: the seeds. The first row
+    is at the top. ``against``: a column; what is drawn are differences to it, seed by seed, beside
+    a line at zero. NaN values are left out. ``{name: table[[name]]}`` gives one row a start.
+    """
+    for y, table in enumerate(rows.values()):
+        if against:
+            table = table.drop(columns=against).sub(table[against], axis=0)
+        for i, name in enumerate(table):
+            at, values = y + 0.7 * ((i + 0.5) / table.shape[1] - 0.5), table[name].dropna()
+            mean, low, high = t_interval(values)
+            small = look(name, markersize=3, alpha=0.4, markeredgewidth=0)
+            ax.plot(values, [at] * len(values), **small)
+            ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], **look(name))
+    if against:
+        ax.axvline(0, color="0.7", linewidth=1, zorder=0)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+
+
+def small_multiples(
+    curves: pd.DataFrame, names: list[str], against: str, values: dict[str, str]
+) -> plt.Figure:
+    """Draw learning curves, a column of panels for each of ``names``, and how they end.
+
+    ``curves``: columns initialisation, seed, step, and each of ``values`` {column: label}, which
+    gets a row of panels. Thick: mean over seeds. Thin: seeds. Grey: the mean of ``against``. Right:
+    the last step's differences to ``against``, as in ``dots``. The panels of a row share y: to make
+    the first row's logarithmic, call ``log_axis(figure.axes[0])``.
+    """
+    shown = [name for name in names if name != against]
+    size = {"figsize": (7.0, 0.7 + 1.6 * len(values)), "squeeze": False}
+    widths = [1] * len(shown) + [1.6]
+    figure, axes = plt.subplots(len(values), len(widths), width_ratios=widths, **size)
+    for i, (row, (value, label)) in enumerate(zip(axes, values.items(), strict=True)):
+        wide = curves.pivot(index="step", columns=["initialisation", "seed"], values=value)
+        for ax, name in zip(row, shown, strict=False):
+            ax.plot(wide[against].mean(axis=1), color="0.6", linewidth=2.5)
+            ax.plot(wide[name], color=look(name)["color"], linewidth=0.7, alpha=0.6)
+            ax.plot(wide[name].mean(axis=1), **look(name, linestyle="-", markersize=4))
+            ax.sharey(row[0])
+            ax.tick_params(labelleft=ax is row[0], labelbottom=i == len(axes) - 1)
+        last = wide.iloc[-1].unstack("initialisation")
+        dots(row[-1], {name: last[[name, against]] for name in shown}, against)
+        row[-1].yaxis.tick_right()
+        row[0].set_ylabel(label)
+    for ax, name in zip(axes[0], shown, strict=False):
+        ax.set_title(name, fontsize=8, color=look(name)["color"])
+    axes[0, -1].set_title(f"last, minus\n{against}", fontsize=8)
+    figure.supxlabel(f"training step; grey: {against}", fontsize=10)
+    return figure
+
+
+def strip(ax: plt.Axes, words: pd.DataFrame, marks: dict[str, dict] = VERDICTS) -> None:
+    """Draw a mark for each word of a table (rows × columns); no mark for a word without one.
+
+    ``marks``: {word: keywords of ax.plot}; by default those of the three verdicts.
+    """
+    for (y, x), word in np.ndenumerate(words.to_numpy()):
+        if word in marks:
+            ax.plot(x, y, linestyle="", **marks[word])
+    ax.set_xticks(range(words.shape[1]), words.columns)
+    ax.set_yticks(range(words.shape[0]), words.index)
+    ax.set(xlim=(-0.5, words.shape[1] - 0.5), ylim=(words.shape[0] - 0.5, -0.5))
+    ax.tick_params(length=0)
+
+
+def name_marks(figure: plt.Figure, names: Iterable[str], marks: dict | None = None) -> None:
+    """Write the names beside their marks above the panels: of starting points, or of ``marks``."""
+    styles = {name: marks[name] if marks else look(name) for name in names}
+    handles = [
+        plt.Line2D([], [], label=name, **{"linestyle": "", **style})
+        for name, style in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
+
+
+def explore(show: Callable, **choices) -> None:
+    """Let the reader move controls: ``show`` draws anew for each of ``choices``, as in interact.
+
+    The parameters' defaults are the first picture. A batch draws only this one. Sliders draw when
+    they are let go.
+    """
+    if "DTLIB_FIGURES" in os.environ:
+        show()
+        return
+    controls = ipywidgets.interactive(show, **choices)
+    for control in controls.children:
+        if control.has_trait("continuous_update"):
+            control.continuous_update = False
+    display.display(controls)
 
 
 def log_axis(ax: plt.Axes) -> None:
@@ -144,11 +266,15 @@ class Output:
         for suffix, metadata in (("png", None), ("pdf", {"CreationDate": None})):
             with atomic_write(self.folder / f"{name}.{suffix}") as path:
                 figure.savefig(path, format=suffix, dpi=200, metadata=metadata)
-        write_text(self.folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        self.table(name, table)
         plt.close(figure)  # a notebook would draw it once more
         if (shell := get_ipython()) is not None and shell.has_trait("kernel"):
             image, width = str(self.folder / f"{name}.png"), round(96 * figure.get_figwidth())
             display.display(display.Image(image, width=width, alt=alt_text(figure, name)))
+
+    def table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a csv for numbers that are better read than seen."""
+        write_text(self.folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
 
     def record(self, results: dict) -> None:
         """Write results.json: ``results`` (NaN as null), profile, overrides, versions, notebook."""

@@ -1,7 +1,8 @@
 """One row a claim: what the paper says, the rule that decides it, what was found, what follows."""
 
-import numpy as np
-from scipy import special
+import pandas as pd
+
+from dtlib.figures import sentence, t_interval
 
 MEASURES = ("as released", "as written", "corrected")
 
@@ -18,14 +19,31 @@ def decide(
     """
     if measure not in MEASURES:
         raise ValueError(f"measure is {measure!r}; expected one of {MEASURES}")
-    values = np.asarray(values, dtype=np.float64)
-    effect, low, high, seeds = values.mean(), np.nan, np.nan, len(values)
-    if seeds > 2:
-        half = special.stdtrit(seeds - 1, 0.975) * values.std(ddof=1) / seeds**0.5
-        low, high = effect - half, effect + half
+    effect, low, high = t_interval(values)
     verdict = (
         "supported" if low > threshold else "not supported" if high < threshold else "undecided"
     )
     about = {"section": section, "claim": claim, "rule": rule, "measure": measure, "task": task}
-    found = {"effect": effect, "low": low, "high": high, "threshold": threshold, "seeds": seeds}
-    return {**about, **found, "verdict": verdict}
+    found = {"effect": effect, "low": low, "high": high, "threshold": threshold}
+    return {**about, **found, "seeds": len(values), "verdict": verdict}
+
+
+def report(rows: list[dict]) -> pd.DataFrame:
+    """Say in sentences what ``decide`` gave; return the table to show below them.
+
+    Named are: how many of the paper's claims are decided by each measure, and the claims whose
+    verdict changes with the measure. Columns without a number (intervals of two seeds) are left
+    out.
+    """
+    table = pd.DataFrame(rows)
+    of_paper = table[table.section != "control"]
+    for measure, own in of_paper.groupby("measure", sort=False):
+        counts = own.verdict.value_counts(sort=False).items()
+        found = ", ".join(f"{count} {verdict}" for verdict, count in counts)
+        sentence(f"{measure}: of {len(own)} of the paper's claims, {found}.")
+    for (task, claim), own in of_paper.groupby(["task", "claim"], sort=False):
+        if own.verdict.nunique() > 1:
+            found = ", ".join(f"{row.verdict} {row.measure}" for row in own.itertuples())
+            sentence(f"{task}: “{claim.rstrip('.')}” is {found}.")
+    columns = ["task", "claim", "rule", "measure", "effect", "low", "high", "threshold", "verdict"]
+    return table[columns].dropna(axis=1, how="all").round(3)

@@ -86,14 +86,113 @@ def test_band_draws_mean_seeds_and_interval():
 
 
 def test_styles_differ_without_colour():
-    shared = {
-        "language": "gpt2",
-        "image": "igpt",
-        "image-native": "igpt-native",
-    }  # each stands in the other's place
-    assert all(figures.STYLES[ours] == figures.STYLES[theirs] for ours, theirs in shared.items())
-    marks = [style[1:] for name, style in figures.STYLES.items() if name not in shared]
+    """Each of ALIASES stands in the other's place: it looks the same on purpose."""
+    marks = [style[1:] for name, style in figures.STYLES.items() if name not in figures.ALIASES]
     assert len(set(marks)) == len(marks)
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
+VISION = {
+    "full": np.eye(3),
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+}
+XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750]]
+XYZ += [[0.0193339, 0.1191920, 0.9503041]]
+
+
+def lab(colour, vision):
+    """CIE 1976 L*a*b* of an sRGB colour as it is seen (D65)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    seen = np.clip(np.array(VISION[vision]) @ linear, 0, 1)
+    ratio = np.array(XYZ) @ seen / np.sum(XYZ, axis=1)
+    x, y, z = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_known_colours_in_lab():
+    np.testing.assert_allclose(lab((1, 1, 1), "full"), [100, 0, 0], atol=0.01)
+    np.testing.assert_allclose(lab((1, 0, 0), "full"), [53.24, 80.09, 67.20], atol=0.01)
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_any_two_colours_are_told_apart(vision):
+    """By ΔE >= 20: of starting points, whose aliases look alike on purpose."""
+    own = {n: lab(c, vision) for n, c in figures.COLOURS.items() if n not in figures.ALIASES}
+    for (a, first), (b, second) in itertools.combinations(own.items(), 2):
+        assert np.linalg.norm(first - second) >= 20, f"{a} and {b}"
+
+
+def test_t_interval():
+    mean, low, high = figures.t_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and high - mean == pytest.approx(4.302653 / 3**0.5) == mean - low
+    assert np.isnan(figures.t_interval([1.0, 2.0])[1:]).all()
+
+
+TABLE = pd.DataFrame({"random": [1.0, 2.0, 3.0], "markov": [1.5, 2.5, 3.8]})
+
+
+def test_dots_draw_means_seeds_and_paired_differences():
+    figure, (plain, paired) = plt.subplots(1, 2)
+    figures.dots(plain, {"first": TABLE, "second": TABLE + 1})
+    assert [label.get_text() for label in plain.get_yticklabels()] == ["first", "second"]
+    assert len(plain.containers) == 4 and plain.yaxis_inverted()
+    figures.dots(paired, {"first": TABLE}, against="random")
+    ((line, _, _),) = paired.containers
+    assert line.get_xdata() == pytest.approx([0.6])
+    assert line.get_color() == figures.COLOURS["markov"]
+    plt.close(figure)
+
+
+def test_small_multiples_end_with_paired_differences():
+    curves = pd.DataFrame(
+        [
+            {"initialisation": name, "seed": seed, "step": step, "action_error": step + value}
+            for name in TABLE
+            for seed, value in enumerate(TABLE[name])
+            for step in (0, 200)
+        ]
+    )
+    figure = figures.small_multiples(curves, [*TABLE], "random", {"action_error": "error"})
+    of_markov, end = figure.axes
+    assert of_markov.get_title() == "markov" and len(of_markov.lines) == 5
+    assert end.containers[0][0].get_xdata() == pytest.approx([0.6])
+    plt.close(figure)
+
+
+def test_strip_draws_one_mark_a_word():
+    figure, ax = plt.subplots()
+    words = pd.DataFrame({"as written": ["supported", ""], "corrected": ["undecided"] * 2})
+    figures.strip(ax, words)
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in ax.lines] == [(0, 0), (1, 0), (1, 1)]
+    figures.name_marks(figure, figures.VERDICTS, figures.VERDICTS)
+    assert len(figure.legends[0].legend_handles) == 3
+    plt.close(figure)
+
+
+def test_explore_draws_the_first_picture_in_a_batch_and_controls_otherwise(monkeypatch):
+    shown = []
+
+    def show(seed=1, epoch=3):
+        shown.append((seed, epoch))
+
+    monkeypatch.setenv("DTLIB_FIGURES", "anywhere")
+    figures.explore(show, seed=[0, 1], epoch=(0, 3))
+    assert shown == [(1, 3)]
+    monkeypatch.delenv("DTLIB_FIGURES")
+    displayed = []
+    monkeypatch.setattr(figures.display, "display", displayed.append)
+    figures.explore(show, seed=[0, 1], epoch=(0, 3))
+    seed, epoch, _ = displayed[0].children
+    assert (seed.value, epoch.value, epoch.continuous_update) == (1, 3, False)
 
 
 def test_every_colour_is_visible_on_white():

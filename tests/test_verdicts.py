@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dtlib.verdicts import decide
+from dtlib.verdicts import decide, report
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,23 @@ def test_the_interval_is_students():
 def test_an_unknown_measure_is_refused():
     with pytest.raises(ValueError, match="as released"):
         decide("A 5.1", "claim", "rule", "eyeballed", "hopper", [1.0])
+
+
+def test_report_counts_and_names_claims_that_depend_on_the_measure(capsys):
+    rows = [
+        decide("A 1", claim, "above 0", measure, "hopper", np.add([1, 1.1, 0.9], shift))
+        for claim, measure, shift in (
+            ("It holds.", "as written", 0),
+            ("It holds.", "corrected", -2),
+            ("Both agree.", "as written", 0),
+        )
+    ]
+    rows.append(decide("control", "Ours.", "above 0", "corrected", "hopper", [1, 2, 3]))
+    table = report(rows)
+    said = capsys.readouterr().out
+    assert "as written: of 2 of the paper's claims, 2 supported." in said
+    assert "“It holds” is supported as written, not supported corrected." in said
+    assert "Both agree" not in said and "Ours" not in said
+    assert len(table) == 4
+    two_seeds = [decide("A 1", "It holds.", "above 0", "corrected", "hopper", [1, 2])]
+    assert not {"low", "high"} & set(report(two_seeds))
