@@ -17,6 +17,7 @@ from pydantic_core import to_json
 from scipy import special
 
 from dtlib.storage import atomic_write, cache_root, digest, repository, versions, write_text
+from dtlib.tasks import Task
 
 # Colour, marker, line style of each starting point. Any two colours differ by ΔE >= 20 (CIE 1976)
 # for full colour vision, deuteranopia and protanopia; marks tell them apart without colour.
@@ -182,6 +183,57 @@ def name_marks(figure: plt.Figure, names: Iterable[str], marks: dict | None = No
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
 
 
+def tokens(
+    ax: plt.Axes, returns_to_go: np.ndarray, states: np.ndarray, actions: np.ndarray
+) -> None:
+    """Draw the first steps of an episode as the tokens that a model reads.
+
+    returns_to_go (n,), states (n, S), actions (n, A): each token is a column of its numbers, blue
+    below zero and red above; the return-to-go is written out.
+    """
+    for step, parts in enumerate(zip(returns_to_go[:, None], states, actions, strict=True)):
+        for i, (letter, values) in enumerate(zip(("R̂", "s", "a"), parts, strict=True)):
+            x = 4 * step + 1.2 * i
+            place = {"extent": (x, x + 0.8, -len(values) / 2, len(values) / 2), "aspect": "auto"}
+            if i:
+                ax.imshow(values[:, None], cmap="coolwarm", vmin=-2, vmax=2, **place)
+            ax.text(x + 0.4, -states.shape[1] / 2 - 1, f"${letter}_{step + 1}$", ha="center")
+        ax.text(4 * step + 0.4, 0, f"{returns_to_go[step]:.0f}", ha="center", va="center")
+    edge = states.shape[1] / 2
+    ax.set(xlim=(-0.4, 4 * len(states) - 0.4), ylim=(-edge - 1.5, edge + 0.5))
+    ax.axis("off")
+
+
+def render(task: Task, states: np.ndarray, pixels: int = 160) -> list[np.ndarray]:
+    """Return a frame (height, width, 3) for each of ``states`` (n, S), unscaled observations.
+
+    Where this machine cannot draw off screen there are no frames, and a sentence says so.
+    """
+    os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
+    try:
+        env = task.make_environment(render_mode="rgb_array", height=pixels, width=pixels)
+        env.reset(seed=0)
+        positions, frames = env.unwrapped.model.nq - 1, []
+        for state in states.astype(float):  # joint positions without the horizontal one, velocities
+            env.unwrapped.set_state(np.append(0.0, state[:positions]), state[positions:])
+            frames.append(env.render()[pixels // 4 : -pixels // 12, pixels // 5 : -pixels // 5])
+        env.close()
+        return frames
+    except Exception as error:  # renderers raise kinds of their own
+        sentence(f"There are no frames, because this machine cannot draw off screen ({error}).")
+        return []
+
+
+def film_strip(ax: plt.Axes, frames: list[np.ndarray], labels: Iterable[str]) -> None:
+    """Draw frames side by side, each with its label below."""
+    width = frames[0].shape[1]
+    ax.imshow(np.concatenate(frames, axis=1))
+    ax.set_xticks(width * (np.arange(len(frames)) + 0.5), labels)
+    ax.set(yticks=[])
+    ax.tick_params(length=0, labelsize=8)
+    ax.spines[:].set_visible(False)
+
+
 def explore(show: Callable, **choices) -> None:
     """Let the reader move controls: ``show`` draws anew for each of ``choices``, as in interact.
 
@@ -196,6 +248,17 @@ def explore(show: Callable, **choices) -> None:
         if control.has_trait("continuous_update"):
             control.continuous_update = False
     display.display(controls)
+
+
+def lines(ax: plt.Axes, table: pd.DataFrame) -> None:
+    """Draw each column of a table over its index; its name stands at the end of its line."""
+    ends = table.ffill().iloc[-1].rank()
+    for name, rank in ends.items():
+        line, colour = table[name].dropna(), look(name)["color"]
+        ax.plot(line, color=colour)
+        va = "top" if rank == 1 else "bottom" if rank == len(ends) else "center"
+        at = {"xytext": (4, 0), "textcoords": "offset points", "va": va, "annotation_clip": False}
+        ax.annotate(name, (line.index[-1], line.iloc[-1]), color=colour, **at)
 
 
 def log_axis(ax: plt.Axes) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from dtlib.batch import find
 from dtlib.figures import notebook_hash
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def code_cells(notebook):
 def test_there_are_committed_figures():
     if not (ROOT / ".git").exists():
         pytest.skip("without git, nothing says which figures are committed")
-    notebooks = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    notebooks = [path.stem for path in find(ROOT / "notebooks", None)]
     for profile in CHECKED:
         found = [Path(name).name for name in committed() if Path(name).parent.name == profile]
         assert found == notebooks

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import textwrap
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
@@ -44,6 +46,14 @@ def code_cells(path):
     return [cell for cell in everything if cell["cell_type"] == "code"]
 
 
+def in_exercises(path):
+    """Code of a notebook's exercises and answers, which runs after all cells."""
+    everything = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in everything if cell["cell_type"] == "markdown"]
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```", "\n".join(texts), re.M | re.S)
+    return [textwrap.dedent(block) for block in blocks]
+
+
 @contextlib.contextmanager
 def in_this_process(folder):
     """What a kernel sets up for a notebook; afterwards all is as before.
@@ -74,6 +84,8 @@ def run_here(name, settings, folder):
             exec(compile("".join(cell["source"]), job.path.name, "exec"), scope)
             if "parameters" in cell["metadata"].get("tags", []):
                 scope |= job.values
+        for number, source in enumerate(in_exercises(job.path)):
+            exec(compile(source, f"{job.path.name}, exercise's code {number}", "exec"), scope)
     return folder / "smoke" / job.path.stem
 
 
@@ -136,6 +148,44 @@ def test_each_promised_figure_has_its_cell(path):
     drawing = [tag for tag in tags if tag.startswith("figure-")]
     assert len(set(drawing)) == len(drawing)
     assert {f"figure-{name}" for name in promised} <= set(drawing)
+
+
+GUIDE = repository() / "notebooks" / "README.md"
+
+
+def test_the_guide_lists_all_notebooks_and_they_follow_its_order():
+    """Each notebook links to the one before and to the next one, at its top and at its end."""
+    order = re.findall(r"^\| \d+ \| \[[^]]*\]\((\w+\.ipynb)\)", GUIDE.read_text("utf-8"), re.M)
+    assert sorted(order) == [path.name for path in NOTEBOOKS]
+    for before, name, after in zip([None, *order], order, [*order[1:], None], strict=False):
+        cells = json.loads((GUIDE.parent / name).read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        for text in (texts[0], texts[-1]) if any("Guide]" in text for text in texts) else ():
+            assert before is None or re.search(rf"Before: \[[^]]*\]\({before}\)", text), name
+            assert after is None or re.search(rf"Next: \[[^]]*\]\({after}\)", text), name
+
+
+def found_cells(path):
+    """What stands in a notebook's cells of text that are tagged "found"."""
+    everything = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    tagged = [cell for cell in everything if "found" in cell["metadata"].get("tags", [])]
+    return "".join("".join(cell["source"]) for cell in tagged)
+
+
+FOUND = [path for path in NOTEBOOKS if found_cells(path)]
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
+def test_what_was_found_is_what_was_recorded(path):
+    """The bold numbers of the text are the values under "found" in laptop's results, in order."""
+    results = repository() / "figures" / "laptop" / path.stem / "results.json"
+    recorded = json.loads(results.read_text(encoding="utf-8"))["found"]
+    written = re.findall(r"\*\*([−\d.,]+)", found_cells(path))
+    assert len(written) == len(recorded)
+    for text, (name, value) in zip(written, recorded, strict=True):
+        text = text.replace(",", "").replace("−", "-")
+        digits = len(text.partition(".")[2])
+        assert f"{value:.{digits}f}" == text, f"{name}: written {text}, recorded {value}"
 
 
 MEASURING = [path for path in NOTEBOOKS if '"measure"' in path.read_text(encoding="utf-8")]
