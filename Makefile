@@ -1,10 +1,10 @@
-# figures · test · lint · format · lab · bench · clean: each first builds .venv if it is out of date.
+# figures · test · lint · format · lab · book · bench · clean: each first builds .venv if it is out of date.
 PROFILE   ?= laptop
 NOTEBOOKS ?=
 # A name on PATH can be a version manager's empty shell, so python3.11 must run before it is chosen.
 PYTHON    ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 
-.PHONY: figures test lint format lab bench clean
+.PHONY: figures test lint format lab book check-book bench clean
 
 figures: .venv/installed          # make figures PROFILE=smoke NOTEBOOKS="00 03"
 	.venv/bin/python -m dtlib figures --profile $(PROFILE) $(NOTEBOOKS)
@@ -23,6 +23,14 @@ format: .venv/installed
 lab: .venv/installed
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[lab]'
 	.venv/bin/python -m jupyterlab notebooks
+
+book: .venv/installed             # build/book/index.html: everything, to read without running
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[book]'
+	.venv/bin/python docs/build.py
+
+check-book: book                  # in Chromium, without a network
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[browser]'
+	.venv/bin/python tests/browser/check_book.py
 
 # d3rlpy is measured against; it and what it still needs stay out of the package's way.
 D3RLPY = d3rlpy==2.8.1 structlog==26.1.0 gym==0.26.2 gym-notices==0.1.0 dataclasses-json==0.6.7 marshmallow==4.4.0 \

@@ -1,0 +1,192 @@
+"""Build the book: gather pages and executed notebooks in build/pages, turn them into build/book.
+
+Nothing is executed. Notebooks get the outputs that the batch kept in figures/PROFILE/NAME.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mathjax
+import nbformat
+from plotly.offline import get_plotlyjs
+
+ROOT = Path(__file__).parents[1]
+DOCS, PAGES, BOOK = ROOT / "docs", ROOT / "build/pages", ROOT / "build/book"
+PROFILE = "laptop"
+# A link or a picture: [text](target), ![text](target).
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def notebooks() -> list[Path]:
+    """Return the notebooks in the order of the guide, and in that of their names without one."""
+    guide, folder = ROOT / "notebooks/README.md", ROOT / "notebooks"
+    text = guide.read_text(encoding="utf-8") if guide.exists() else ""
+    order = dict.fromkeys(re.findall(r"\]\((\w+)\.ipynb\)", text))
+    known = sorted(path.stem for path in folder.glob("*.ipynb"))
+    names = [name for name in order if name in known]
+    return [folder / f"{name}.ipynb" for name in dict.fromkeys([*names, *known])]
+
+
+def pages() -> dict[str, list[Path]]:
+    """Return the pages of the book, part by part, in the order of reading."""
+    guide = ROOT / "notebooks/README.md"
+    return {
+        "The questions": [*([guide] if guide.exists() else []), *notebooks()],
+        "The answers": [ROOT / "figures/README.md", *sorted(DOCS.glob("see-*.md"))],
+        "For you": [*sorted(DOCS.glob("how-*.md")), ROOT / "benchmarks/README.md"],
+        "The code": [DOCS / "core.md"],
+    }
+
+
+def place(source: Path) -> Path:
+    """Return where a file of the repository stands among the pages."""
+    return PAGES / ("index.md" if source == ROOT / "README.md" else source.relative_to(ROOT))
+
+
+def with_links(text: str, source: Path, known: set[Path]) -> str:
+    """Return Markdown of ``source`` whose links lead to pages, lists of figures, or copied files.
+
+    A link to anything else of the repository becomes its text. Raises SystemExit for a dead link.
+    """
+
+    def replace(found: re.Match) -> str:
+        target = (source.parent / found[1]).resolve()
+        if not target.exists():
+            raise SystemExit(f"{source.relative_to(ROOT)} links to {found[1]}, which is absent.")
+        anchor = found[2] or ""
+        if target.is_dir() and ROOT / "figures" in target.parents:
+            profile, *_ = target.relative_to(ROOT / "figures").parts
+            one = any(target.glob("*.png"))
+            anchor = f"#{target.name.replace('_', '-')}" if one else ""
+            landing = PAGES / f"figures/{profile}.md"
+        elif target.is_dir() or target.suffix == ".py":
+            return "]{.file}"
+        else:
+            landing = place(target)
+            if target not in known:
+                landing.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(target, landing)
+        return f"]({os.path.relpath(landing, place(source).parent)}{anchor})"
+
+    return LINK.sub(replace, text)
+
+
+def note(text: str) -> nbformat.NotebookNode:
+    """Return a cell with a note for the reader."""
+    return nbformat.v4.new_markdown_cell(f":::{{note}}\n{text}\n:::")
+
+
+def with_results(path: Path) -> nbformat.NotebookNode:
+    """Return a notebook with the outputs kept for it, code folded except the measures.
+
+    A caption below each figure links its numbers. Says in a note what is missing or stale.
+    """
+    today = nbformat.read(path, as_version=4)
+    kept, outputs = ROOT / "figures" / PROFILE / path.stem / "executed.ipynb", {}
+    if kept.exists():
+        executed = nbformat.read(kept, as_version=4).cells
+        outputs = {(c.id, c.source): c.outputs for c in executed if c.cell_type == "code"}
+    code = [cell for cell in today.cells if cell.cell_type == "code"]
+    stale = [cell for cell in code if (cell.id, cell.source) not in outputs]
+    command = f"make figures PROFILE={PROFILE} NOTEBOOKS={path.stem[:2]}"
+    cells = []
+    for cell in today.cells:
+        cells.append(cell)
+        if cell.cell_type == "code":
+            cell.outputs = outputs.get((cell.id, cell.source), [])
+            cells += finish(cell, kept.parent)
+    if stale:
+        missing = "no results are kept for" if len(stale) == len(code) else "some results lack of"
+        cells.insert(1, note(f"At the profile `{PROFILE}`, {missing} this notebook: `{command}`."))
+    today.cells = cells
+    return today
+
+
+def finish(cell: nbformat.NotebookNode, folder: Path) -> list[nbformat.NotebookNode]:
+    """Fold a cell, describe its pictures; return captions of the figures that it draws."""
+    tags = cell.metadata.get("tags", [])
+    if "measure" not in tags:
+        cell.metadata["tags"] = [*tags, "hide-input"]
+    for output in cell.outputs:
+        about = output.get("metadata", {}).get("image/png", {})
+        alt = about.get("alt", "A picture drawn by the code above")
+        cell.metadata["mystnb"] = {"image": {"alt": alt, "width": f"{about.get('width', 480)}px"}}
+    captions = []
+    for name in [tag.removeprefix("figure-") for tag in tags if tag.startswith("figure-")]:
+        links = [
+            f"[{what}](../{(folder / f'{name}.{end}').relative_to(ROOT)})"
+            for what, end in (("numbers", "csv"), ("pdf", "pdf"))
+            if (folder / f"{name}.{end}").exists()
+        ]
+        if links:
+            text = f"(figure-{folder.name}-{name})=\n*{name}*: {', '.join(links)}. "
+            captions.append(nbformat.v4.new_markdown_cell(text + "The code is folded above."))
+    return captions
+
+
+def list_figures(profile: Path) -> str:
+    """Return a page that lists the figures of a profile, notebook by notebook."""
+    lines = [f"# All figures of {profile.relative_to(ROOT / 'figures')}"]
+    for folder in sorted({png.parent for png in profile.rglob("*.png")}):
+        lines += ["", f"## {folder.name.replace('_', ' ')}", ""]
+        for png in sorted(folder.glob("*.png")):
+            where = png.relative_to(ROOT / "figures").with_suffix("")
+            ends = [end for end in ("pdf", "csv") if png.with_suffix(f".{end}").exists()]
+            links = ", ".join(f"[{end}]({where}.{end})" for end in ends)
+            lines.append(f"- {png.stem}: {links}")
+    return "\n".join(lines) + "\n"
+
+
+def gather() -> None:
+    """Write all pages, and the files that they link, into build/pages."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.copytree(DOCS / "_static", PAGES / "_static")
+    shutil.copyfile(DOCS / "conf.py", PAGES / "conf.py")
+    scripts = Path(mathjax.__file__).parent / "static/mathjax/es5/tex-svg.js"
+    shutil.copyfile(scripts, PAGES / "_static/tex-svg.js")
+    (PAGES / "_static/plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
+    parts, tocs = pages(), []
+    known = {ROOT / "README.md", *(page for part in parts.values() for page in part)}
+    for source in sorted(known):
+        target = place(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".md":
+            text = with_links(source.read_text(encoding="utf-8"), source, known)
+            target.write_text(text, encoding="utf-8")
+            continue
+        notebook = with_results(source)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = with_links(cell.source, source, known)
+        nbformat.write(notebook, target)
+    for title, part in parts.items():
+        names = "\n".join(str(place(page).relative_to(PAGES).with_suffix("")) for page in part)
+        tocs.append(f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n{names}\n```\n")
+    listed = []
+    for profile in sorted(path for path in (ROOT / "figures").glob("*/") if path.name != "mine"):
+        page = PAGES / f"figures/{profile.name}.md"
+        source = ROOT / f"figures/{profile.name}.md"
+        page.write_text(with_links(list_figures(profile), source, known), encoding="utf-8")
+        listed.append(f"figures/{profile.name}")
+    tocs.append("```{toctree}\n:hidden:\n:caption: All figures\n\n" + "\n".join(listed) + "\n```\n")
+    with open(PAGES / "index.md", "a", encoding="utf-8") as index:
+        index.write("\n" + "\n".join(tocs))
+
+
+def main() -> None:
+    """Build the book and say where its first page is. Ends with Sphinx's status."""
+    gather()
+    shutil.rmtree(BOOK, ignore_errors=True)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    status = subprocess.run([*command, str(PAGES), str(BOOK)]).returncode
+    if status:
+        raise SystemExit(status)
+    print(f"The book: {BOOK / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Open every page of the book in Chromium, from the file system and without a network.
+
+`python tests/browser/check_book.py [--shots FOLDER]` after `make book`. Needs playwright and a
+Chromium: playwright's own, or the one that CHROMIUM names. Ends with 1 and a list if anything
+is wrong: a console error, a failed request, a page that scrolls sideways, a picture without words.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+BOOK = Path(__file__).parents[2] / "build/book"
+WIDTHS = (1280, 390)
+WIDE = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+NO_WORDS = "() => [...document.images].filter(i => !i.alt).map(i => i.src)"
+
+
+def pages() -> list[Path]:
+    """Return the book's pages, without the listings of source code and the theme's own files."""
+    pages = [page for page in BOOK.rglob("*.html") if not {"_modules", "_static"} & {*page.parts}]
+    if not pages:
+        raise SystemExit(f"There is no book in {BOOK}: run `make book`.")
+    return sorted(pages)
+
+
+def check(page: Page, path: Path, shots: Path | None) -> list[str]:
+    """Return what is wrong with one page."""
+    found, name = [], str(path.relative_to(BOOK))
+    page.on("console", lambda m: m.type == "error" and found.append(f"{name}: {m.text}"))
+    page.on("pageerror", lambda error: found.append(f"{name}: {error}"))
+    page.on("requestfailed", lambda r: found.append(f"{name}: request failed: {r.url}"))
+    page.on("request", lambda r: r.url.startswith("http") and found.append(f"{name}: {r.url}"))
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.goto(path.as_uri(), wait_until="load")
+        page.wait_for_timeout(300)
+        if (over := page.evaluate(WIDE)) > 0:
+            found.append(f"{name}: scrolls sideways by {over} px at {width} px")
+        if shots:
+            page.screenshot(path=shots / f"{name.replace('/', '-')}-{width}.png")
+    return found + [f"{name}: no words for {source}" for source in page.evaluate(NO_WORDS)]
+
+
+def search(page: Page, words: str, expected: str) -> list[str]:
+    """Return a complaint unless the search for ``words`` finds the page ``expected``."""
+    page.goto(f"{(BOOK / 'search.html').as_uri()}?q={words.replace(' ', '+')}")
+    page.wait_for_selector("#search-results li a", timeout=20_000)
+    page.wait_for_timeout(1000)
+    links = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
+    return (
+        [] if any(expected in link for link in links) else [f"{words!r} does not find {expected}"]
+    )
+
+
+def main() -> None:
+    """Check all pages, the search and the controls."""
+    shots = Path(sys.argv[2]) if sys.argv[1:2] == ["--shots"] else None
+    if shots:
+        shots.mkdir(parents=True, exist_ok=True)
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    wrong = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = browser.new_context(offline=True)
+        for path in pages():
+            page = context.new_page()
+            wrong += check(page, path, shots)
+            page.close()
+        wrong += search(context.new_page(), "attention distance", "07_attention_distance")
+        browser.close()
+    print("\n".join(wrong) or f"{len(pages())} pages, the search and the controls work.")
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
