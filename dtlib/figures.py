@@ -159,6 +159,21 @@ def small_multiples(
     return figure
 
 
+def arrow(ax: plt.Axes, before: tuple, after: tuple, name: str) -> None:
+    """Draw an arrow between two points in the colour of a starting point, its mark at the end."""
+    line = {"arrowstyle": "-|>", "color": look(name)["color"], "shrinkA": 0, "shrinkB": 3}
+    ax.annotate("", after, before, arrowprops=line)
+    ax.plot(*before, **look(name, markerfacecolor="none", markersize=4))
+    ax.plot(*after, **look(name))
+
+
+def reference(ax: plt.Axes, y: float, label: str) -> None:
+    """Draw a dotted line at ``y`` with its label above its right end."""
+    ax.axhline(y, color=COLOURS["data"], linestyle=":", linewidth=1)
+    at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    ax.annotate(label, (1, y), (0, 2), ha="right", va="bottom", fontsize=8, **at)
+
+
 def strip(ax: plt.Axes, words: pd.DataFrame, marks: dict[str, dict] = VERDICTS) -> None:
     """Draw a mark for each word of a table (rows × columns); no mark for a word without one.
 
