@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import cells
 
 from dtlib.measures import learning_speed
@@ -84,3 +85,20 @@ def test_moving_average_is_a_weighted_mean():
     ]
     np.testing.assert_allclose(smoothing.moving_average(values), expected, rtol=1e-12)
     np.testing.assert_allclose(smoothing.moving_average(np.full(5, 3.0)), 3)
+
+
+def test_errors_and_shares_by_hand():
+    """Notebook 05: a wrong action at the edge has the largest error and passes no gradient."""
+    measure = cells("05_no_context", "measure")
+    predicted = torch.tensor([[0.9, -0.5, 1.0]])
+    taken = torch.tensor([[0.5, -0.5, -1.0]])
+    assert measure.action_error(predicted, taken) == pytest.approx(4.16 / 3)
+    assert measure.share_passed(predicted) == pytest.approx(0.94 / 3)
+    scores = torch.atanh(predicted.clamp(-0.999, 0.999)).requires_grad_()
+    torch.tanh(scores).sum().backward()
+    assert measure.share_passed(torch.tanh(scores).detach()) == pytest.approx(
+        float(scores.grad.mean())
+    )
+    errors = np.array([[0.1, 0.5, 0.3, 0.4], [9.0, 2.0, 3.0, 1.0]])
+    assert measure.best_checkpoint(errors).tolist() == [0.3, 1.0]
+    assert measure.last_checkpoint(errors).tolist() == [0.4, 1.0]

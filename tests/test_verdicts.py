@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from conftest import cells
 
 from dtlib.verdicts import decide, report
 
@@ -50,3 +51,14 @@ def test_report_counts_and_names_claims_that_depend_on_the_measure(capsys):
     assert len(table) == 4
     two_seeds = [decide("A 1", "It holds.", "above 0", "corrected", "hopper", [1, 2])]
     assert not {"low", "high"} & set(report(two_seeds))
+
+
+def test_the_rule_in_the_notebook_decides_alike():
+    shown = cells("10_verdicts", "measure")
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(0.5, 1, (50, 4)), rng.normal(0, 1, (50, 3))):
+        for own in values:
+            row = decide("A 1", "It holds.", "above 0", "corrected", "hopper", own)
+            found = shown.interval(own)
+            assert found == pytest.approx((row["effect"], row["low"], row["high"]))
+            assert shown.verdict(*found[1:], 0) == row["verdict"]
