@@ -126,6 +126,20 @@ def dots(ax: plt.Axes, rows: dict[str, pd.DataFrame], against: str | None = None
     ax.tick_params(axis="y", length=0)
 
 
+def series(ax: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
+    """Draw mean and 95 % t-interval over seeds at each x: {starting point: table of seeds × x}.
+
+    The starting points stand side by side, a few hundredths of the axis apart.
+    """
+    everywhere = [x for table in tables.values() for x in table]
+    apart = 0.025 * (max(everywhere) - min(everywhere))
+    for i, (name, table) in enumerate(tables.items()):
+        mean, low, high = np.transpose([t_interval(table[x].dropna()) for x in table])
+        at = table.columns.to_numpy(float) + apart * (i - (len(tables) - 1) / 2)
+        style = look(name, linestyle="-", linewidth=0.8)
+        ax.errorbar(at, mean, yerr=[mean - low, high - mean], **style)
+
+
 def small_multiples(
     curves: pd.DataFrame, names: list[str], against: str, values: dict[str, str]
 ) -> plt.Figure:
@@ -239,14 +253,26 @@ def render(task: Task, states: np.ndarray, pixels: int = 160) -> list[np.ndarray
         return []
 
 
-def film_strip(ax: plt.Axes, frames: list[np.ndarray], labels: Iterable[str]) -> None:
-    """Draw frames side by side, each with its label below."""
-    width = frames[0].shape[1]
-    ax.imshow(np.concatenate(frames, axis=1))
-    ax.set_xticks(width * (np.arange(len(frames)) + 0.5), labels)
-    ax.set(yticks=[])
-    ax.tick_params(length=0, labelsize=8)
+def film_strip(
+    ax: plt.Axes, task: Task, states: np.ndarray, count: int = 8, pixels: int = 160
+) -> np.ndarray:
+    """Draw ``count`` moments of an episode's ``states`` (n, S), the first and the last among them.
+
+    Returns their steps, (count,). Where no frame can be drawn, the axes stay empty.
+    """
+    steps = np.linspace(0, len(states) - 1, count).round().astype(int)
+    frames = [
+        np.pad(f, ((0, 0), (3, 3), (0, 0)), constant_values=255)
+        for f in render(task, states[steps], pixels)
+    ]
+    ax.set(xticks=[], yticks=[])
+    if frames:
+        width = frames[0].shape[1]
+        ax.imshow(np.concatenate(frames, axis=1))
+        ax.set_xticks(width * (np.arange(count) + 0.5), steps)
+        ax.tick_params(length=0, labelsize=8)
     ax.spines[:].set_visible(False)
+    return steps
 
 
 def explore(show: Callable, **choices) -> None:

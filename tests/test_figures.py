@@ -11,6 +11,7 @@ import pytest
 
 from dtlib import figures
 from dtlib.errors import UserError
+from dtlib.tasks import get_task
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -149,6 +150,50 @@ def test_dots_draw_means_seeds_and_paired_differences():
     ((line, _, _),) = paired.containers
     assert line.get_xdata() == pytest.approx([0.6])
     assert line.get_color() == figures.COLOURS["markov"]
+    plt.close(figure)
+
+
+def test_series_draw_means_side_by_side():
+    figure, ax = plt.subplots()
+    by_depth = pd.DataFrame({0.0: [1.0, 2.0, 3.0], 1.0: [2.0, 3.0, 4.0]})
+    figures.series(ax, {"random": by_depth, "markov": by_depth})
+    lines = [container[0] for container in ax.containers]
+    assert [line.get_ydata().tolist() for line in lines] == [[2, 3], [2, 3]]
+    assert lines[0].get_xdata() == pytest.approx([-0.0125, 0.9875])
+    plt.close(figure)
+
+
+def test_lines_carry_their_names():
+    figure, ax = plt.subplots()
+    figures.lines(ax, pd.DataFrame({"random": [1.0, 2.0, np.nan], "markov": [1.0, 2.0, 3.0]}))
+    assert [(text.get_text(), text.xy) for text in ax.texts] == [
+        ("random", (1, 2)),
+        ("markov", (2, 3)),
+    ]
+    plt.close(figure)
+
+
+def test_a_film_strip_holds_first_and_last_moment(monkeypatch, capsys):
+    figure, ax = plt.subplots()
+    task, states = get_task("hopper"), np.zeros((15, 11))
+    monkeypatch.setattr(figures, "render", lambda task, states, pixels: [np.ones((4, 5, 3))] * 3)
+    assert figures.film_strip(ax, task, states, count=3).tolist() == [0, 7, 14]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "7", "14"]
+    monkeypatch.undo()
+
+    class Without:
+        def make_environment(self, **_):
+            raise OSError("no display")
+
+    assert figures.render(Without(), states) == []
+    assert "There are no frames" in capsys.readouterr().out
+    plt.close(figure)
+
+
+def test_tokens_are_drawn_three_a_step():
+    figure, ax = plt.subplots()
+    figures.tokens(ax, np.array([6.0, 5.0]), np.zeros((2, 4)), np.zeros((2, 3)))
+    assert len(ax.images) == 4 and {"6", "5"} <= {text.get_text() for text in ax.texts}
     plt.close(figure)
 
 
