@@ -180,7 +180,7 @@ def test_what_was_found_is_what_was_recorded(path):
     """The bold numbers of the text are the values under "found" in laptop's results, in order."""
     results = repository() / "figures" / "laptop" / path.stem / "results.json"
     recorded = json.loads(results.read_text(encoding="utf-8"))["found"]
-    written = re.findall(r"\*\*([−\d.,]+)", found_cells(path))
+    written = re.findall(r"\*\*([−\d][\d.,]*)\*\*", found_cells(path))
     assert len(written) == len(recorded)
     for text, (name, value) in zip(written, recorded, strict=True):
         text = text.replace(",", "").replace("−", "-")
