@@ -1,16 +1,20 @@
-# figures · test · lint · format · lab · book · bench · clean: each first builds .venv if it is out of date.
+# figures · test · test-browser · lint · format · lab · book · bench · clean: each first builds .venv if it is out of date.
 PROFILE   ?= laptop
 NOTEBOOKS ?=
 # A name on PATH can be a version manager's empty shell, so python3.11 must run before it is chosen.
 PYTHON    ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 
-.PHONY: figures test lint format lab book check-book bench clean
+.PHONY: figures test test-browser lint format lab book check-book bench clean
 
 figures: .venv/installed          # make figures PROFILE=smoke NOTEBOOKS="00 03"
 	.venv/bin/python -m dtlib figures --profile $(PROFILE) $(NOTEBOOKS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q -n 2 --dist loadgroup
+
+test-browser: .venv/installed     # every notebook in JupyterLab in Chromium, at smoke size
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[lab,browser]'
+	.venv/bin/python tests/browser/run_notebooks.py
 
 lint: .venv/installed
 	.venv/bin/ruff format --check .

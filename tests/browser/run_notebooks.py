@@ -1,0 +1,161 @@
+"""Run every notebook in JupyterLab in headless Chromium, at smoke size, and move its controls.
+
+`make test-browser`, or `python tests/browser/run_notebooks.py [--shots FOLDER] [NUMBER ...]`. Needs
+jupyterlab, playwright and a Chromium: playwright's own, or the one that CHROMIUM names. Ends with 1
+and a list if anything is wrong: a cell with an error, an error in the console, a page that scrolls
+sideways, or a control that does not change its picture. Notebook 10 shows the results that are
+committed, because it computes none.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+from playwright.sync_api import Locator, Page, sync_playwright
+
+from dtlib import batch
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build/browser"
+MINUTES = 20  # for one notebook
+SHORTEST = 0.5  # seconds between two looks
+ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
+BUSY = (
+    "() => [...document.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*'))"
+)
+WIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output')]
+    .filter(o => o.scrollWidth > o.clientWidth + 1 && !o.querySelector('table'))
+    .map(o => o.innerText.slice(0, 60))"""
+
+
+def prepare(wanted: list[str]) -> list[Path]:
+    """Copy the notebooks with smoke's parameters to FOLDER, inside the repository."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    copies = []
+    for job in batch.plan(ROOT / "notebooks", "smoke", wanted or None, {}):
+        notebook = nbformat.read(job.path, as_version=4)
+        for cell in notebook.cells:
+            if "parameters" in cell.metadata.get("tags", []) and not job.path.name.startswith("10"):
+                lines = [f"{name} = {value!r}" for name, value in job.values.items()]
+                cell.source = "\n".join(lines)
+        copies.append(FOLDER / job.path.name)
+        nbformat.write(notebook, copies[-1])
+    settings = FOLDER / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"windowingMode": "none"}))  # all cells are in the page
+    return copies
+
+
+def start_lab() -> tuple[subprocess.Popen, str]:
+    """Start JupyterLab without a browser; return the process and its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"{sys.executable} -m jupyterlab --no-browser --port={port} --ip=127.0.0.1"
+    command += f" --IdentityProvider.token= --ServerApp.root_dir={FOLDER} --allow-root"
+    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(FOLDER / "settings")}
+    lab = subprocess.Popen(command.split(), env=env, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{address}/api/status", timeout=5)
+            return lab, address
+        except OSError:
+            time.sleep(SHORTEST)
+    lab.terminate()
+    raise SystemExit("JupyterLab did not start within two minutes.")
+
+
+def wait_until(condition, seconds: float) -> bool:
+    """Return whether ``condition()`` came true within that time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(SHORTEST)
+    return False
+
+
+def moves(box: Locator) -> bool:
+    """Move one control of an explore cell; return whether its picture changes."""
+    before, handle = pictures_of(box), box.locator(".noUi-handle").first
+    if handle.count():
+        handle.press("ArrowRight")
+        if wait_until(lambda: pictures_of(box) != before, 15):
+            return True
+        handle.press("ArrowLeft")  # it stood at its right end
+    else:
+        choice = box.locator("select").first
+        choice.select_option(index=choice.locator("option").count() - 1)
+    return wait_until(lambda: pictures_of(box) != before, 15)
+
+
+def pictures_of(box: Locator) -> list[str]:
+    """Return the pictures below the controls of an explore cell."""
+    return box.locator("img").evaluate_all("all => all.map(i => i.src)")
+
+
+def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]:
+    """Return what is wrong with one notebook."""
+    name, found, began = path.stem, [], time.monotonic()
+    page.on("pageerror", lambda error: found.append(f"{name}: {error}"))
+    page.on("console", lambda m: m.type == "error" and found.append(f"{name}: console: {m.text}"))
+    page.goto(f"{address}/lab/tree/{path.name}?reset", wait_until="load")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
+    page.wait_for_timeout(3000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.wait_for_timeout(3000)
+    if not wait_until(lambda: not page.evaluate(BUSY), 60 * MINUTES):
+        found.append(f"{name}: not at its end after {MINUTES} minutes")
+    errors = page.locator(ERROR)
+    found += [f"{name}: {errors.nth(i).inner_text()[-300:]}" for i in range(errors.count())]
+    found += [f"{name}: scrolls sideways: {text!r}" for text in page.evaluate(WIDE)]
+    if not errors.count():
+        boxes = page.locator(".widget-interact").all()
+        still = [i for i, box in enumerate(boxes) if not moves(box)]
+        found += [f"{name}: control {i} does not change its picture" for i in still]
+    if shots:
+        page.locator(".jp-WindowedPanel-outer").first.screenshot(path=shots / f"{name}.png")
+    print(f"{name}: {time.monotonic() - began:.0f} s, {len(found)} complaints", flush=True)
+    return found
+
+
+def main() -> None:
+    """Run the notebooks that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shots", type=Path, help="folder for a picture of each notebook")
+    parser.add_argument("notebooks", nargs="*")
+    asked = parser.parse_args()
+    if asked.shots:
+        asked.shots.mkdir(parents=True, exist_ok=True)
+    copies, wrong = prepare(asked.notebooks), []
+    lab, address = start_lab()
+    try:
+        with sync_playwright() as playwright:
+            chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            for path in copies:
+                page = browser.new_page(viewport={"width": 1280, "height": 900})
+                wrong += check(page, address, path, asked.shots)
+                page.close()
+            browser.close()
+    finally:
+        lab.terminate()
+    print(
+        "\n".join(wrong) or f"{len(copies)} notebooks run to their ends, and their controls work."
+    )
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
