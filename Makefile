@@ -30,7 +30,7 @@ lab: .venv/installed
 
 book: .venv/installed             # build/book/index.html: everything, to read without running
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[book]'
-	.venv/bin/python docs/build.py
+	.venv/bin/python docs/build.py $(PROFILE)
 
 check-book: book                  # in Chromium, without a network
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[browser]'

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import mathjax
 import nbformat
+import see
 from plotly.offline import get_plotlyjs
 
 ROOT = Path(__file__).parents[1]
 DOCS, PAGES, BOOK = ROOT / "docs", ROOT / "build/pages", ROOT / "build/book"
-PROFILE = "laptop"
+PROFILE = (sys.argv[1:] or ["laptop"])[0]
 # A link or a picture: [text](target), ![text](target).
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -149,6 +150,10 @@ def gather() -> None:
     scripts = Path(mathjax.__file__).parent / "static/mathjax/es5/tex-svg.js"
     shutil.copyfile(scripts, PAGES / "_static/tex-svg.js")
     (PAGES / "_static/plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
+    (PAGES / "extra").mkdir()
+    if (DOCS / "films").exists():
+        keep = shutil.ignore_patterns("*.md", "*.json")
+        shutil.copytree(DOCS / "films", PAGES / "extra/docs/films", ignore=keep)
     parts, tocs = pages(), []
     known = {ROOT / "README.md", *(page for part in parts.values() for page in part)}
     for source in sorted(known):
@@ -156,6 +161,8 @@ def gather() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".md":
             text = with_links(source.read_text(encoding="utf-8"), source, known)
+            if source.stem.startswith("see-"):
+                text = see.filled(source, text)
             target.write_text(text, encoding="utf-8")
             continue
         notebook = with_results(source)
@@ -167,7 +174,9 @@ def gather() -> None:
         names = "\n".join(str(place(page).relative_to(PAGES).with_suffix("")) for page in part)
         tocs.append(f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n{names}\n```\n")
     listed = []
-    for profile in sorted(path for path in (ROOT / "figures").glob("*/") if path.name != "mine"):
+    for profile in sorted(
+        path for path in (ROOT / "figures").glob("*/") if path.name not in ("mine", "smoke")
+    ):
         page = PAGES / f"figures/{profile.name}.md"
         source = ROOT / f"figures/{profile.name}.md"
         page.write_text(with_links(list_figures(profile), source, known), encoding="utf-8")

@@ -1,0 +1,45 @@
+"""The worked changes of docs/how-to-add.md apply to the package, and what stands under them runs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs/how-to-add.md").read_text(encoding="utf-8")
+WORKED = re.findall(r"```diff\n(.*?)```\n+```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the package; starting points and policies are links, as nothing changes them."""
+    folder = tmp_path_factory.mktemp("copy")
+    large = ("starting_points", "policies")
+    shutil.copytree(ROOT / "dtlib", folder / "dtlib", ignore=shutil.ignore_patterns(*large))
+    for name in large:
+        (folder / "dtlib" / name).symlink_to(ROOT / "dtlib" / name)
+    return folder
+
+
+def test_each_section_has_a_short_change():
+    assert len(WORKED) == TEXT.count("```diff") == 3
+    for change, _ in WORKED:
+        assert len(re.findall(r"^[+-](?![+-])", change, re.MULTILINE)) <= 20
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git applies the changes")
+@pytest.mark.parametrize("number", range(3))
+def test_a_worked_change_applies_and_runs(number, copy, tmp_path):
+    change, lines = WORKED[number]
+    git = ["git", "apply", "--recount", "-"]
+    applied = subprocess.run(git, input=change, cwd=copy, text=True, capture_output=True)
+    assert not applied.returncode, applied.stderr
+    about = {**os.environ, "PYTHONPATH": str(copy), "DTLIB_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", lines]
+    done = subprocess.run(command, cwd=copy, env=about, text=True, capture_output=True)
+    assert not done.returncode, done.stderr
+    assert done.stdout.strip()
