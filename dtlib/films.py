@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
 from dtlib.runs import Run
-from dtlib.sources.collected import _policies, act
+from dtlib.sources.collected import act, policy_files
 from dtlib.storage import atomic_write
 from dtlib.tasks import Task, get_task
 
@@ -53,7 +53,7 @@ def by_run(run: Run, target: float) -> Choose:
 
 def by_policy(task: Task, quality: str, seed: int = 0) -> Choose:
     """Return a function that acts as the policy that collected the data of ``quality`` does."""
-    weights, draws = load_file(_policies(task, quality)[0]), np.random.default_rng(seed)
+    weights, draws = load_file(policy_files(task, quality)[0]), np.random.default_rng(seed)
 
     def choose(state: np.ndarray, gained: float) -> np.ndarray:
         noise = np.tile(draws.standard_normal(task.action_dim), (4, 1))

@@ -1,4 +1,4 @@
-"""The worked changes of docs/how-to-add.md apply to the package, and what stands under them runs."""
+"""The worked changes of docs/how-to-add.md apply, and the lines under them run."""
 
 import os
 import re

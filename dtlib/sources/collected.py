@@ -66,7 +66,7 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
     Raises UserError: an unknown quality, a policy that is not shipped, steps or seed out of range,
     a full disk, a killed worker.
     """
-    policies = _policies(task, quality)
+    policies = policy_files(task, quality)
     if steps < 1 or seed < 0:
         raise UserError(
             f"Cannot collect {steps} steps with seed {seed}: expected at least 1 step and a seed "
@@ -92,7 +92,7 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
     return out
 
 
-def _policies(task: Task, quality: str) -> list[Path | None]:
+def policy_files(task: Task, quality: str) -> list[Path | None]:
     """Return files of the actors that make ``quality``, in order; None: random actions."""
     plan = POLICIES / task.name / "policies.json"
     shipped = json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else {}

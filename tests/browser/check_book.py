@@ -55,6 +55,27 @@ def search(page: Page, words: str, expected: str) -> list[str]:
     )
 
 
+def unmoved(page: Page) -> list[str]:
+    """Return a complaint for each explorer whose menu changes nothing, and for a film at rest."""
+    found = []
+    for path in sorted(BOOK.glob("docs/see-*.html")):
+        page.goto(path.as_uri())
+        page.wait_for_timeout(1000)
+        if box := page.query_selector(".explorer"):
+            menus, before = box.query_selector_all("select"), box.inner_html()
+            many = [menu for menu in menus if len(menu.query_selector_all("option")) > 1]
+            many[-1].select_option(index=1)
+            page.wait_for_timeout(1000)
+            if box.inner_html() == before:
+                found.append(f"{path.name}: a menu changes nothing")
+        if film := page.query_selector(".films img"):
+            film.click()
+            page.wait_for_function("film => film.complete && film.naturalWidth", arg=film)
+            if not film.get_attribute("src").endswith(".webp"):
+                found.append(f"{path.name}: a film does not play")
+    return found
+
+
 def main() -> None:
     """Check all pages, the search and the controls."""
     shots = Path(sys.argv[2]) if sys.argv[1:2] == ["--shots"] else None
@@ -69,6 +90,7 @@ def main() -> None:
             page = context.new_page()
             wrong += check(page, path, shots)
             page.close()
+        wrong += unmoved(context.new_page())
         wrong += search(context.new_page(), "attention distance", "07_attention_distance")
         browser.close()
     print("\n".join(wrong) or f"{len(pages())} pages, the search and the controls work.")
