@@ -13,6 +13,7 @@ from pathlib import Path
 import mathjax
 import nbformat
 import see
+from PIL import Image, ImageDraw
 from plotly.offline import get_plotlyjs
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,19 @@ def place(source: Path) -> Path:
     return PAGES / ("index.md" if source == ROOT / "README.md" else source.relative_to(ROOT))
 
 
+def copy(target: Path, landing: Path) -> None:
+    """Copy a linked file; in the place of a figure that is not drawn yet, write that."""
+    landing.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.copyfile(target, landing)
+        return
+    name = target.relative_to(ROOT)
+    print(f"{name} is linked and absent: run `make figures`.", file=sys.stderr)
+    picture = Image.new("RGB", (600, 60), "white")
+    ImageDraw.Draw(picture).text((10, 20), f"{name} is not drawn yet", fill="black")
+    picture.save(landing, "png")
+
+
 def with_links(text: str, source: Path, known: set[Path]) -> str:
     """Return Markdown of ``source`` whose links lead to pages, lists of figures, or copied files.
 
@@ -56,7 +70,8 @@ def with_links(text: str, source: Path, known: set[Path]) -> str:
 
     def replace(found: re.Match) -> str:
         target = (source.parent / found[1]).resolve()
-        if not target.exists():
+        drawn = ROOT / "figures" in target.parents and target.suffix
+        if not target.exists() and not drawn:
             raise SystemExit(f"{source.relative_to(ROOT)} links to {found[1]}, which is absent.")
         anchor = found[2] or ""
         if target.is_dir() and ROOT / "figures" in target.parents:
@@ -69,16 +84,10 @@ def with_links(text: str, source: Path, known: set[Path]) -> str:
         else:
             landing = place(target)
             if target not in known:
-                landing.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(target, landing)
+                copy(target, landing)
         return f"]({os.path.relpath(landing, place(source).parent)}{anchor})"
 
     return LINK.sub(replace, text)
-
-
-def note(text: str) -> nbformat.NotebookNode:
-    """Return a cell with a note for the reader."""
-    return nbformat.v4.new_markdown_cell(f":::{{note}}\n{text}\n:::")
 
 
 def with_results(path: Path) -> nbformat.NotebookNode:
@@ -93,7 +102,6 @@ def with_results(path: Path) -> nbformat.NotebookNode:
         outputs = {(c.id, c.source): c.outputs for c in executed if c.cell_type == "code"}
     code = [cell for cell in today.cells if cell.cell_type == "code"]
     stale = [cell for cell in code if (cell.id, cell.source) not in outputs]
-    command = f"make figures PROFILE={PROFILE} NOTEBOOKS={path.stem[:2]}"
     cells = []
     for cell in today.cells:
         cells.append(cell)
@@ -101,8 +109,12 @@ def with_results(path: Path) -> nbformat.NotebookNode:
             cell.outputs = outputs.get((cell.id, cell.source), [])
             cells += finish(cell, kept.parent)
     if stale:
-        missing = "no results are kept for" if len(stale) == len(code) else "some results lack of"
-        cells.insert(1, note(f"At the profile `{PROFILE}`, {missing} this notebook: `{command}`."))
+        missing = "No results of this notebook are kept for"
+        if len(stale) < len(code):
+            missing = "Some results are absent, as the notebook changed after it was run at"
+        command = f"make figures PROFILE={PROFILE} NOTEBOOKS={path.stem}"
+        text = f"{missing} the profile `{PROFILE}`. They are made by `{command}`."
+        cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{note}}\n{text}\n:::"))
     today.cells = cells
     return today
 
@@ -112,10 +124,13 @@ def finish(cell: nbformat.NotebookNode, folder: Path) -> list[nbformat.NotebookN
     tags = cell.metadata.get("tags", [])
     if "measure" not in tags:
         cell.metadata["tags"] = [*tags, "hide-input"]
-    for output in cell.outputs:
-        about = output.get("metadata", {}).get("image/png", {})
-        alt = about.get("alt", "A picture drawn by the code above")
-        cell.metadata["mystnb"] = {"image": {"alt": alt, "width": f"{about.get('width', 480)}px"}}
+    if drawn := [
+        o.metadata.get("image/png", {}) for o in cell.outputs if "image/png" in o.get("data", {})
+    ]:
+        words = " ".join(about["alt"] for about in drawn if "alt" in about)
+        image = {"alt": words or "A picture drawn by the code above"}
+        image["width"] = f"{drawn[0].get('width', 480)}px"
+        cell.metadata["mystnb"] = {"image": image}
     captions = []
     for name in [tag.removeprefix("figure-") for tag in tags if tag.startswith("figure-")]:
         links = [

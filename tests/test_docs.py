@@ -1,5 +1,6 @@
 """The worked changes of docs/how-to-add.md apply, and the lines under them run."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import see  # noqa: E402
+
 TEXT = (ROOT / "docs/how-to-add.md").read_text(encoding="utf-8")
 WORKED = re.findall(r"```diff\n(.*?)```\n+```python\n(.*?)```", TEXT, re.DOTALL)
 
@@ -43,3 +48,19 @@ def test_a_worked_change_applies_and_runs(number, copy, tmp_path):
     done = subprocess.run(command, cwd=copy, env=about, text=True, capture_output=True)
     assert not done.returncode, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("table", [see.curves, see.changes, see.attention, see.judged])
+def test_explorers_have_rows_for_what_can_be_chosen(table):
+    given = table()
+    for name, values in given["menus"].items():
+        found = {str(row[name]) for row in given["rows"]}
+        assert found == {value for value in values if value != "all"}, name
+
+
+def test_films_are_small_and_described():
+    films = sorted((ROOT / "docs/films").glob("*.webp"))
+    assert {film.stem for film in films} == json.loads(
+        (ROOT / "docs/films/films.json").read_text(encoding="utf-8")
+    ).keys()
+    assert all(film.stat().st_size <= 300_000 for film in films)

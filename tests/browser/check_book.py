@@ -2,7 +2,8 @@
 
 `python tests/browser/check_book.py [--shots FOLDER]` after `make book`. Needs playwright and a
 Chromium: playwright's own, or the one that CHROMIUM names. Ends with 1 and a list if anything
-is wrong: a console error, a failed request, a page that scrolls sideways, a picture without words.
+is wrong: a console error, a failed request, a page that scrolls sideways, a picture without words,
+a serious finding of axe about accessibility.
 """
 
 import os
@@ -10,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
 
 BOOK = Path(__file__).parents[2] / "build/book"
@@ -33,21 +35,25 @@ def check(page: Page, path: Path, shots: Path | None) -> list[str]:
     page.on("pageerror", lambda error: found.append(f"{name}: {error}"))
     page.on("requestfailed", lambda r: found.append(f"{name}: request failed: {r.url}"))
     page.on("request", lambda r: r.url.startswith("http") and found.append(f"{name}: {r.url}"))
+    page.goto(path.as_uri(), wait_until="load")
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
-        page.goto(path.as_uri(), wait_until="load")
         page.wait_for_timeout(300)
         if (over := page.evaluate(WIDE)) > 0:
             found.append(f"{name}: scrolls sideways by {over} px at {width} px")
         if shots:
             page.screenshot(path=shots / f"{name.replace('/', '-')}-{width}.png")
+    for violation in Axe().run(page).response["violations"]:
+        if violation["impact"] in ("serious", "critical"):
+            nodes = violation["nodes"]
+            found.append(f"{name}: {violation['id']}, {len(nodes)} times: {nodes[0]['html'][:120]}")
     return found + [f"{name}: no words for {source}" for source in page.evaluate(NO_WORDS)]
 
 
 def search(page: Page, words: str, expected: str) -> list[str]:
     """Return a complaint unless the search for ``words`` finds the page ``expected``."""
     page.goto(f"{(BOOK / 'search.html').as_uri()}?q={words.replace(' ', '+')}")
-    page.wait_for_selector("#search-results li a", timeout=20_000)
+    page.wait_for_selector("#search-results li a")
     page.wait_for_timeout(1000)
     links = page.eval_on_selector_all("#search-results li a", "all => all.map(a => a.href)")
     return (
@@ -86,6 +92,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         context = browser.new_context(offline=True)
+        context.set_default_timeout(120_000)  # a busy machine
         for path in pages():
             page = context.new_page()
             wrong += check(page, path, shots)
