@@ -26,7 +26,7 @@ from dtlib import profiles
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
 from dtlib.settings import fit, parse_settings
-from dtlib.storage import cache_root, no_room, repository, write_text
+from dtlib.storage import cache_root, repository, write_text, writing
 
 
 class Job(NamedTuple):
@@ -190,7 +190,7 @@ def execute(job: Job, root: Path, folder: Path) -> None:
     settings = {"cwd": root, "kernel_name": "python3", "language": "python"}
     # The second shows progress inside a cell.
     settings |= {"progress_bar": {"desc": name}, "stderr_file": sys.stderr}
-    with no_room(copy), tempfile.TemporaryDirectory() as home:
+    with writing(copy), tempfile.TemporaryDirectory() as home:
         write_kernel_spec(Path(home, "kernels/python3"), extra_arguments=["--log-level=CRITICAL"])
         about = {"DTLIB_FIGURES": str(folder.parents[1]), "DTLIB_OVERRIDES": json.dumps(job.chosen)}
         output = str(copy).replace("{", "{{").replace("}", "}}")

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
 
 from dtlib.errors import UserError
 from dtlib.model import ALL, DecisionTransformer
-from dtlib.storage import cache_root, digest, growing, write_tensors, write_text
+from dtlib.storage import cache_root, digest, growing, seal, write_tensors, write_text
 from dtlib.tasks import Task
 
 # BERT and others that see both sides are listed as causal too.
@@ -46,8 +46,9 @@ class CausalTransformer(DecisionTransformer):
     def __init__(self, task: Task, backbone: PretrainedConfig, action_head: str = "tied"):
         nn.Module.__init__(self)
         self.config = backbone
-        self.add_embeddings(task, backbone.hidden_size, action_head)
-        self.body = AutoModel.from_config(backbone)
+        with _said(f"A {backbone.model_type!r} config.json"):
+            self.add_embeddings(task, backbone.hidden_size, action_head)
+            self.body = AutoModel.from_config(backbone)
 
     @property
     def h(self) -> nn.ModuleList:
@@ -75,7 +76,8 @@ def causal_config(values: dict) -> PretrainedConfig:
         )
     words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     kept = {key: values[key] for key in values.keys() - {"model_type", "quantization_config"}}
-    return AutoConfig.for_model(kind, **kept | words | {"use_cache": False})
+    with _said(f"A {kind!r} config.json"):
+        return AutoConfig.for_model(kind, **kept | words | {"use_cache": False})
 
 
 def check_options(dropout: tuple, donor: str | None, reset_heads: tuple[int, ...]) -> None:
@@ -112,7 +114,7 @@ def unpacked(folder: Path) -> Path:
     if not packed:
         return folder
     final = cache_root() / "unpacked" / f"{packed[0].stem}-{digest(packed[0])[:12]}"
-    with growing(final) as growing_folder:
+    with growing(final, remake=True) as growing_folder:
         if growing_folder is not None:
             with _said(packed[0]):
                 body = AutoModel.from_pretrained(folder, gguf_file=packed[0].name, dtype="float32")
@@ -120,6 +122,7 @@ def unpacked(folder: Path) -> Path:
             del values["quantization_config"]
             write_text(growing_folder / "config.json", values)
             write_tensors(growing_folder / "model.safetensors", body.state_dict(), {"format": "pt"})
+            seal(growing_folder)
     return final
 
 
@@ -130,10 +133,11 @@ def load_body(model: CausalTransformer, folder: Path) -> None:
     """
     with _said(folder):
         body, report = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
+            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
         )
     found, wanted = (_without_words(one) for one in (body, model.body))
     wrong = [*report["missing_keys"], *report["mismatched_keys"], *(found.keys() ^ wanted.keys())]
+    wrong += [name for name, tensor in found.items() if not tensor.isfinite().all()]
     if wrong:
         raise UserError(
             f"{folder} does not fit its architecture in {len(wrong)} tensors, first {wrong[0]}: "
@@ -148,7 +152,7 @@ def _without_words(body: nn.Module) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _said(place: Path) -> Iterator[None]:
+def _said(place: Path | str) -> Iterator[None]:
     """Turn what transformers raises for a bad folder, of many kinds, into one sentence."""
     try:
         yield

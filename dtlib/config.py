@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from dtlib.errors import checked
+from dtlib.errors import UserError, checked
 from dtlib.storage import digest
 from dtlib.tasks import get_task
 
-Count, Whole = Annotated[int, Field(gt=0)], Annotated[int, Field(ge=0)]
+VALUES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of every config
+Count, Whole = Annotated[int, Field(gt=0, lt=2**31)], Annotated[int, Field(ge=0, lt=2**63)]
 Positive, NotNegative = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Lax = Field(strict=False)  # accepts a list where a tuple is asked for
@@ -32,7 +33,7 @@ SIZES = {
 RETIRED = {"compile": False, "adam_epsilon": 1e-8, "weight_decay": 1e-4}
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@dataclass(frozen=True, config=VALUES)
 class RunConfig:
     """All values that decide a run. The defaults are paper A's setting, except for the data.
 
@@ -59,7 +60,7 @@ class RunConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     target_return: float | None = None  # None: the task's first target
     evaluation_episodes: Count = 100
-    checkpoints: Annotated[tuple[int, ...], Lax] = ()  # epochs kept beside the first and the last
+    checkpoints: Annotated[tuple[Whole, ...], Lax] = ()  # epochs kept beside the first and the last
     donor: str | None = None  # starting point that gives the block ``swapped_block``
     swapped_block: Whole = 0
     reset_heads: Annotated[tuple[Whole, ...], Lax] = ()  # heads of block 0, drawn anew
@@ -82,6 +83,8 @@ class RunConfig:
         config = checked(cls, values, build)
         if config.target_return is None:
             object.__setattr__(config, "target_return", get_task(config.task).targets[0])
+        if beyond := [epoch for epoch in config.checkpoints if epoch > config.epochs]:
+            raise UserError(f"checkpoints has {beyond[0]}, but the last epoch is {config.epochs}.")
         return config
 
     def name(self, digests: dict[str, str]) -> str:
@@ -94,5 +97,5 @@ class RunConfig:
         values = dataclasses.asdict(self).items()
         chosen = {name: value for name, value in values if value != fields[name].default}
         code = digest(chosen | digests)[:12]
-        start = Path(self.initialisation).name
+        start = Path(self.initialisation).name[:80]  # file systems take 255 bytes
         return f"{self.task}-{start}-K{self.context}-seed{self.seed}-{code}"

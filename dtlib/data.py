@@ -12,7 +12,7 @@ from torch import Tensor
 from dtlib.errors import UserError
 from dtlib.seeding import stream_seed
 from dtlib.sources import collected, episodes, files
-from dtlib.storage import digest
+from dtlib.storage import typed
 from dtlib.tasks import Task
 
 
@@ -62,9 +62,7 @@ class Trajectories:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the arrays: equal exactly if all numbers are equal."""
-        arrays = self.observations, self.actions, self.rewards, self.starts
-        parts = [f"{a.dtype}{a.shape}".encode() + a.tobytes() for a in arrays]
-        return digest(b"".join(parts))
+        return episodes.fingerprint((self.observations, self.actions, self.rewards, self.starts))
 
     def rows_of(self, fraction: float, seed: int) -> np.ndarray:
         """Draw a ``fraction`` of the episodes from ``seed``; return their rows (n,) int64."""
@@ -120,18 +118,25 @@ def load(
         columns = files.read_hdf5(files.d4rl_file(task, what, progress))
     elif kind == "minari":
         columns = files.read_minari(what, progress)
-    elif Path(name).suffix in files.SUFFIXES:
-        columns, name = files.read_hdf5(Path(name).expanduser()), Path(name).name
+    elif Path(name).suffix.lower() in files.SUFFIXES:
+        columns, name = files.read_hdf5(typed(name)), Path(name).name
     else:
         raise UserError(
             f"Unknown data set {name[:80]!r}: expected collected:QUALITY or d4rl:QUALITY "
             f"({', '.join(collected.QUALITIES)}), minari:ID (as minari:mujoco/hopper/medium-v0), "
             "a path to .hdf5, or an object with get_dataset()."
         )
+    notes = episodes.odd_types(columns)
     columns = episodes.check_columns(name, columns, task, steps)
-    starts, notes = episodes.find_episodes(name, columns, task)
-    arrays = (columns[key][: starts[-1]] for key in episodes.KEYS[:3])
-    return Trajectories(name, *arrays, starts, tuple(notes))
+    starts, cuts = episodes.find_episodes(name, columns, task)
+    arrays = [columns[key][: starts[-1]] for key in episodes.KEYS[:3]]
+    notes += cuts + episodes.odd_values(*arrays[:2], task)
+    found = Trajectories(name, *arrays, starts, tuple(notes))
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = found.returns_to_go, (arrays[0] - found.state_mean) / found.state_std
+    if not all(np.isfinite(values).all() for values in sums):
+        raise UserError(f"{name}: sums of its numbers overflow; divide rewards and states by 1000.")
+    return found
 
 
 class Windows(NamedTuple):

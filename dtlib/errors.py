@@ -21,6 +21,5 @@ def checked(cls: type, values: object, build: Callable) -> object:
     except ValidationError as error:
         first = error.errors()[0]
         known = ", ".join(field.name for field in dataclasses.fields(cls))
-        raise UserError(
-            f"Parameter {first['loc'][0]}={first['input']!r}: {first['msg']}. Known are {known}."
-        ) from error
+        value = f"{first['loc'][0]}={first['input']!r:.200}"
+        raise UserError(f"Parameter {value}: {first['msg']}. Known are {known}.") from error

@@ -6,11 +6,19 @@ import platform
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from dtlib.build import Parts
 from dtlib.config import RETIRED, RunConfig
-from dtlib.starts import get_starting_point, weights_folder
-from dtlib.storage import cache_root, digest, versions, write_text
+from dtlib.pretraining.language import text_files
+from dtlib.sources.files import data_files
+from dtlib.starts import get_starting_point, pretrained_size, weights_folder
+from dtlib.storage import cache_root, digest, typed, versions, write_text
+from dtlib.tasks import get_task
+from dtlib.weights import is_usual, weights_files
+from dtlib.wikipedia.losses import corpus_of
+
+DIGESTS = ("starting_weights", "dataset_digest", "text_digest")  # in run.json, beside the config
 
 
 def runs_root() -> Path:
@@ -24,23 +32,50 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def digests(config: RunConfig) -> dict[str, str]:
-    """Return digests of the files that ``config`` points to, which its run's name covers."""
+    """Return digests of all files that ``config`` points to, which its run's name covers.
+
+    Files that were not downloaded yet are left out: see runs.fine_tuned. Of data collected here
+    the name says nothing: Run.refuse_other_data compares the fingerprint.
+    """
     names = filter(None, (config.initialisation, config.donor, config.words))
     weights = [weights_digest(name, config.size, config.seed) for name in names]
     found = {"starting_weights": "+".join(weights)}
-    if (path := Path(config.dataset).expanduser()).is_file():
-        found["dataset_digest"] = digest(path)[:16]
+    if files := data_files(config.dataset, get_task(config.task)):
+        found["dataset_digest"] = _digest_of(files)
+    if config.cotraining and (files := text_files(corpus_of(config))):
+        found["text_digest"] = _digest_of(files)
     return found
 
 
+def fetch_weights(config: RunConfig) -> None:
+    """Download or unpack the starting points of ``config``, which its run's name covers."""
+    for name in filter(None, (config.initialisation, config.donor, config.words)):
+        weights_folder(get_starting_point(name), config.size, config.seed)
+
+
+def _digest_of(files: list[Path]) -> str:
+    return digest(*files)[:16] if files else ""
+
+
 def weights_digest(name: str, size: str, seed: int) -> str:
-    """Return the digest of a local weights file; "" for random and the hub's weights."""
+    """Return the digest of the files of a starting point; "" for random weights.
+
+    Of models pre-trained here it covers the weights, and config.json where that is not the size's
+    own; of others config.json, tokenizer and weights.
+    """
     point = get_starting_point(name)
-    local = point.pretrained or point.wheel or (point.hub and Path(point.hub).is_dir())
-    if not local:
+    if point.hub and not typed(point.hub).is_dir():
+        config = try_to_load_from_cache(point.hub, "config.json")
+        folder = config and Path(config).parent  # None: not downloaded yet
+    else:
+        folder = weights_folder(point, size, seed)
+    if folder is None:
         return ""
-    path = weights_folder(point, size, seed) / "model.safetensors"
-    return digest(path)[:16] if path.is_file() else ""
+    weights = weights_files(folder)
+    own = point.pretrained and is_usual(folder, pretrained_size(point.pretrained, size))
+    if not (own or point.wheel):
+        weights = [folder / "config.json", folder / "tokenizer.json", *weights]
+    return _digest_of([path for path in weights if path.is_file()])
 
 
 def checkpoint_name(epoch: int) -> str:
@@ -56,13 +91,14 @@ def write_record(
     statistics = {"state_mean": known.state_mean.tolist(), "state_std": known.state_std.tolist()}
     where = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     seconds = progress["seconds"]
+    begun = {key: progress[key] for key in ("begun_with",) if key in progress}
     record = {
         "config": dataclasses.asdict(config) | digests(config),
         "backbone": model.config.to_dict(),
         "donor": donor,
         "metrics": progress["metrics"],
         "data": {"fingerprint": known.fingerprint, "summary": known.summary(), **statistics},
-        "provenance": {"device": where, "seconds": seconds, "versions": versions()},
+        "provenance": {"device": where, "seconds": seconds, "versions": versions(), **begun},
         "checkpoints": {file.name: digest(file) for file in sorted(folder.glob("epoch_*"))},
     }
     write_text(folder / "run.json", {"checksum": _checksum(record), **record})
@@ -72,7 +108,7 @@ def read_record(folder: Path) -> tuple[RunConfig, dict]:
     """Return a finished run's config and record. Raises ValueError if run.json was changed."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     values = dict(record["config"])
-    found = {name: values.pop(name, None) for name in ("starting_weights", "dataset_digest")}
+    found = {name: values.pop(name, None) for name in DIGESTS}
     for name, default in RETIRED.items():
         if values.pop(name, default) != default:
             raise ValueError(f"this version has no {name}")

@@ -18,7 +18,13 @@ from dtlib.errors import UserError
 from dtlib.evaluate import rollout
 from dtlib.model import DecisionTransformer
 from dtlib.parallel import one_thread, run_all
-from dtlib.records import checkpoint_name, read_record, run_folder, write_record
+from dtlib.records import (
+    checkpoint_name,
+    fetch_weights,
+    read_record,
+    run_folder,
+    write_record,
+)
 from dtlib.seeding import stream_seed
 from dtlib.starts import blank_model
 from dtlib.storage import digest
@@ -55,6 +61,20 @@ class Run:
                 f"The run in {path} is damaged ({error}): move that folder away and run again."
             ) from error
 
+    def refuse_other_data(self, fingerprint: str) -> None:
+        """Raise UserError unless the run learnt from the data of ``fingerprint``."""
+        if self.record["data"]["fingerprint"] != fingerprint:
+            raise UserError(
+                f"The run in {self.path} learnt from other data than {self.config.dataset!r} has "
+                "now: bring the old data back, or move that folder away to train on the new data."
+            )
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether the last epoch changed no prediction: every action is ±1, the gradient 0."""
+        *_, before, last = [None, *(row["action_error"] for row in self.metrics)]
+        return before == last
+
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation (S,) float32 that standardise the model's states."""
         known = self.record["data"]
@@ -90,14 +110,18 @@ def fine_tuned(
     """Return the finished runs of ``configs``, in order. Missing ones are trained, several at once.
 
     Each takes one core or card. Ctrl-C leaves every run resumable from its last finished epoch.
-    Raises UserError if the device is absent or the data cannot be loaded.
+    Raises UserError if the device is absent, the data cannot be loaded, a training diverges, or a
+    finished run learnt from other data.
     """
-    device = choose_device(device)
+    device, prints = choose_device(device), {}
+    for config in configs:  # collected or downloaded once: names depend on it
+        fetch_weights(config)
+        if (key := _data_of(config)) not in prints:
+            prints[key] = load_data(config, progress).fingerprint
     folders = {config: run_folder(config) for config in configs}
     missing = [config for config, folder in folders.items() if not folder.exists()]
-    by_data = {(c.task, c.dataset, c.dataset_steps): c for c in missing}
-    for config in by_data.values():
-        load_data(config, progress)  # collected or downloaded once, before processes start
+    for config in folders.keys() - {*missing}:
+        Run.open(folders[config]).refuse_other_data(prints[_data_of(config)])
     run_all(
         fine_tune,
         missing,
@@ -107,7 +131,17 @@ def fine_tuned(
         processes=processes,
         progress=progress and bool(missing),
     )
-    return [Run.open(folders[config]) for config in configs]
+    runs = [Run.open(folders[config]) for config in configs]
+    if still := [run.path.name for run in runs if run.stands_still]:
+        print(
+            f"{len(still)} of {len(runs)} runs stand still: every action is ±1 and the gradient 0. "
+            f"Try a lower learning_rate or action_head=separate. First: {still[0]}."
+        )
+    return runs
+
+
+def _data_of(config: RunConfig) -> tuple:
+    return config.task, config.dataset, config.dataset_steps, config.delayed_rewards
 
 
 def fine_tune(
@@ -132,32 +166,34 @@ def fine_tune(
 
 def train_run(config: RunConfig, folder: Path, device: str, on_steps: OnSteps) -> None:
     """Train in ``folder``, from the last finished epoch if there is one, and write its record."""
-    parts, state = build(config, device), folder / "resume.safetensors"
+    parts = build(config, device)
     if folder.name != run_folder(config).name:
-        raise UserError(f"The weights of {config.initialisation!r} changed meanwhile: run again.")
-    fingerprint = parts.trajectories.fingerprint
-    new = {"fingerprint": fingerprint, "metrics": [], "seconds": {"training": 0, "evaluation": 0}}
-    progress = storage.load_state(state, parts.model, parts.optimiser) or new
-    if progress["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{config.dataset!r} has other data than when {folder} was begun: bring the old data "
-            "back, or move that folder away."
-        )
-    metrics, seconds = progress["metrics"], progress["seconds"]
-    if metrics:
-        on_steps(metrics[-1]["step"])
-    for epoch in range(len(metrics), config.epochs + 1):
-        began = time.perf_counter()
+        raise UserError(f"A file that {folder.name} is made from changed meanwhile: run again.")
+
+    def advance(epoch: int, progress: dict) -> dict:
+        began, seconds = time.perf_counter(), progress["seconds"]
         loss = _train_one_epoch(config, parts, epoch, on_steps) if epoch else None
         trained = time.perf_counter()
-        metrics.append(_measure(config, parts, epoch, loss))
+        row = _measure(config, parts, epoch, loss)
         seconds["training"] += trained - began
         seconds["evaluation"] += time.perf_counter() - trained
         if epoch in (0, config.epochs, *config.checkpoints):
             storage.write_tensors(folder / checkpoint_name(epoch), plain_state(parts.model))
-        storage.save_state(state, parts.model, parts.optimiser, progress)
+        return row
+
+    new = {"metrics": [], "seconds": {"training": 0, "evaluation": 0}}
+    progress = storage.resumable(
+        folder,
+        parts.model,
+        parts.optimiser,
+        new=new | {"fingerprint": parts.trajectories.fingerprint},
+        rows="metrics",
+        count=config.epochs + 1,
+        advance=advance,
+        on_steps=on_steps,
+    )
     write_record(folder, config, parts, progress, device)
-    state.unlink()
+    (folder / "resume.safetensors").unlink()
 
 
 def _train_one_epoch(config: RunConfig, parts: Parts, epoch: int, on_steps: OnSteps) -> float:

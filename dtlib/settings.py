@@ -2,11 +2,13 @@
 
 import ast
 import inspect
+import os
 from collections.abc import Iterable
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from dtlib.errors import UserError
+from dtlib.storage import typed
 
 WORDS = {"true": True, "false": False, "none": None}
 
@@ -15,21 +17,28 @@ def parse_settings(items: Iterable[str], examples: dict | None = None) -> dict[s
     """Read texts "name=value" into values by name. ``examples`` has values of the right types.
 
     A value is a Python literal, true, false, none, or else text. Lists need no brackets, no quotes.
-    Where the example is text the value stays text; where it is a list, one item makes a list.
+    Where the example is text the value stays text; where it is a list, one item makes a list. The
+    path of a file or folder that exists becomes absolute: it means the same in every process.
     """
     pairs = (item.partition("=")[::2] for item in items)
     return {name: _read(text, (examples or {}).get(name)) for name, text in pairs}
 
 
+def _text(text: str) -> str:
+    looks = text[:1] in ("~", ".") or os.sep in text or text.lower().endswith((".hdf5", ".h5"))
+    return str(typed(text)) if looks and os.path.exists(typed(text)) else text
+
+
 def _read(text: str, example: object = None) -> object:
     if isinstance(example, str):
-        return text
+        return _text(text)
     try:
         value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         items = [item.strip() for item in text.strip("[]() ").split(",") if item.strip()]
-        value = [_read(item) for item in items] if "," in text or text.startswith("[") else text
-    if isinstance(example, list) and text and not isinstance(value, list | tuple):
+        plain = "," not in text and not text.startswith("[")
+        value = _text(text) if plain else [_read(item) for item in items]
+    if isinstance(example, list | tuple) and text and not isinstance(value, list | tuple):
         return [value]
     return list(value) if isinstance(value, tuple) else value
 
@@ -40,7 +49,8 @@ def fit(name: str, value: object, example: object) -> object:
         return value
     kind, value = _type(example), list(value) if isinstance(value, tuple) else value
     try:
-        return TypeAdapter(kind).validate_python(value, strict=True)
+        adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+        return adapter.validate_python(value, strict=True)
     except ValidationError as error:
         kind = inspect.formatannotation(kind)
         text = f"Parameter {name} got {value!r}: expected {kind}, such as {example!r}."

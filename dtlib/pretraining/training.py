@@ -1,5 +1,6 @@
 """Train a starting point: a small GPT-2 or ImageGPT learns a corpus, and its folder is written."""
 
+import functools
 import json
 import platform
 import shlex
@@ -14,14 +15,14 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from dtlib import storage
-from dtlib.config import SIZES, Count, NotNegative, Positive, Whole
+from dtlib.config import SIZES, VALUES, Count, NotNegative, Positive, Whole
 from dtlib.devices import choose_device
 from dtlib.errors import UserError, checked
 from dtlib.parallel import one_thread, run_all
@@ -30,7 +31,8 @@ from dtlib.pretraining.images import image
 from dtlib.pretraining.language import language
 from dtlib.pretraining.synthetic import synthetic
 from dtlib.seeding import stream_seed
-from dtlib.starts import read_config
+from dtlib.train import refuse_divergence
+from dtlib.weights import read_config, read_weights
 
 # What None stands for in a config, by size: width at most 384, larger.
 OWN = {"vocabulary": (2048, 16_384), "sequence": (128, 1024), "batch_size": (16, 64)}
@@ -43,7 +45,7 @@ MEASURED = 64, 16_384  # largest part of the held-out sample used there: sequenc
 AT_ONCE = 8192  # tokens that go through the model together, so that GPT-2's size fits 24 GB
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@dataclass(frozen=True, config=VALUES)
 class PretrainConfig:
     """All that decides a starting point. Raises UserError for a wrong name, type or value."""
 
@@ -156,20 +158,21 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
     Raises UserError for a file that is missing, damaged, pickled or does not belong to the others.
     """
     size, tokenizer = read_config(folder)["vocab_size"], folder / "tokenizer.json"
-    tensors = storage.read_tensors(folder / "model.safetensors")
+    tensors = read_weights(folder)
     held_out = storage.read_tensors(folder / "held_out.safetensors")
     try:
-        record = json.loads((folder / "training.json").read_text())
+        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         config = PretrainConfig(**record["config"])
         if tokenizer.exists():
             known = len(json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"])
             if known != size:
                 raise ValueError(f"the tokenizer has {known} tokens but the weights have {size}")
         model = make_model(config, size - (config.kind == "image"))
-        head = tensors.get("transformer.wte.weight")  # GPT-2's is its word table, stored once
-        model.load_state_dict({"lm_head.weight": head, **tensors})
+        inside = {n if n == "lm_head.weight" else f"transformer.{n}": t for n, t in tensors.items()}
+        head = tensors.get("wte.weight")  # GPT-2's is its word table, stored once
+        model.load_state_dict({"lm_head.weight": head, **inside})
         return model.eval(), record, held_out["tokens"].long()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{folder} is no whole starting point, or a file in it does not fit its config.json "
             f"({' '.join(str(error).split())}): make it anew by `python -m dtlib pretrain`."
@@ -203,14 +206,15 @@ def pretrain(
     device = choose_device(device)
     with storage.growing(folder) as partial:
         path = (partial or folder) / "training.json"
-        record = json.loads(path.read_text()) if path.exists() else {}
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known = {"tokens": "", **record.get("config", {})}
         if known != asdict(config) and (partial is None or any(partial.iterdir())):
-            raise UserError(f"{path.parent} holds something else: remove it or use another --out.")
-        if partial:
+            raise UserError(
+                f"{path.parent} holds something else: move it away or use another --out."
+            )
+        if partial and not (partial / storage.SEAL).exists():  # else only the rename is missing
             with one_thread(device):  # the same rounding on any number of cores
                 _train(config, partial, record, device, on_steps)
-    (folder / "resume.safetensors").unlink(missing_ok=True)
     return folder
 
 
@@ -221,20 +225,20 @@ def _train(
     corpus = make_corpus(config, progress=on_steps is None)
     begun = {"config": asdict(config), "corpus": json.loads(json.dumps(corpus.facts))}
     if record.get("corpus", begun["corpus"]) != begun["corpus"]:
-        raise UserError(f"{folder} was begun on another text: bring it back, or remove the folder.")
+        raise UserError(
+            f"{folder} was begun on another text: bring it back, or move the folder away."
+        )
     storage.write_text(folder / "training.json", begun)
     model = make_model(config, corpus.vocabulary).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
-    state = folder / "resume.safetensors"
-    done = storage.load_state(state, model, optimiser) or {"curve": [], "seconds": 0.0}
-    curve = done["curve"]
     measured = torch.as_tensor(corpus.held_out[: count_within(config.sequence, *MEASURED)])
     marks = sorted({round(config.steps * i / CHECKPOINTS) for i in range(CHECKPOINTS + 1)})
     bar = tqdm(total=config.steps, desc=config.name, unit=" steps", disable=on_steps is not None)
     on_steps = on_steps or bar.update
-    on_steps(curve[-1]["step"] if curve else 0)
-    for i in range(len(curve), len(marks)):
+
+    def advance(i: int, done: dict) -> dict:
         began, total = time.perf_counter(), torch.zeros((), device=device)
+        losses, norms = [], []
         # Every checkpoint begins a new stream, so that resuming needs no generator's state.
         generator = np.random.default_rng(stream_seed(config.seed, "sequences", i))
         model.train()
@@ -242,20 +246,35 @@ def _train(
         for step in steps:
             sequences = torch.as_tensor(corpus.sample(generator, config.batch_size)).to(device)
             optimiser.zero_grad(set_to_none=True)
+            losses.append(torch.zeros((), device=device))
             for part in sequences.split(max(AT_ONCE // config.sequence, 1)):
                 with torch.autocast(device, torch.bfloat16, config.precision == "bfloat16"):
                     loss = token_loss(model, part) * (len(part) / len(sequences))
                 loss.backward()
                 total += loss.detach()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                losses[-1] += loss.detach()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             optimiser.param_groups[0]["lr"] = learning_rate_at(step, config)
             optimiser.step()
             on_steps(1)
+        rate = functools.partial(learning_rate_at, config=config)
+        refuse_divergence(model, losses, norms, steps.start, rate)
         row = {"step": marks[i], "training_loss": float(total / len(steps)) if steps else None}
-        curve.append({**row, "held_out_loss": held_out_loss(model, measured)})
+        row["held_out_loss"] = held_out_loss(model, measured)
         done["seconds"] += time.perf_counter() - began
-        storage.save_state(state, model, optimiser, done)
-    bar.close()
+        return row
+
+    with bar:
+        done = storage.resumable(
+            folder,
+            model,
+            optimiser,
+            new={"curve": [], "seconds": 0.0},
+            rows="curve",
+            count=len(marks),
+            advance=advance,
+            on_steps=on_steps,
+        )
     _write_files(config, corpus, model, done, folder)
 
 
@@ -273,7 +292,7 @@ def _write_files(
         "command": config.command,
         "corpus": corpus.facts,
         "tokens_seen": config.steps * config.batch_size * config.sequence,
-        **done,
+        **{name: done[name] for name in ("curve", "seconds", "begun_with") if name in done},
         "held_out": {"model": loss, **corpus.baselines()},
         "device": torch.cuda.get_device_name() if on_card else f"one {platform.machine()} core",
         "versions": storage.versions() | packages,
@@ -283,6 +302,8 @@ def _write_files(
     for name, text in {**corpus.files, "README.md": model_card(record)}.items():
         storage.write_text(folder / name, text)
     storage.write_text(folder / "training.json", record)
+    (folder / "resume.safetensors").unlink()
+    storage.seal(folder)
 
 
 def model_card(record: dict) -> str:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dtlib.errors import UserError
 from dtlib.parallel import in_processes
+from dtlib.sources.episodes import KEYS, fingerprint
 from dtlib.storage import atomic_write, cache_root, digest, locked
 from dtlib.tasks import Task
 
@@ -85,6 +86,7 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
             for key in COLUMNS:  # without times: the bytes depend on the arguments alone
                 rows = np.concatenate([episode[key] for episode in episodes])[:steps]
                 file.create_dataset(key, data=rows, track_times=False)
+            file.attrs["sha256"] = fingerprint(file[key][()] for key in KEYS)
             names = [path.stem if path else "random" for path in policies]
             file.attrs.update(origin, environment=task.environment, seed=seed, policies=names)
         with atomic_write(out) as temporary:

@@ -1,12 +1,17 @@
 """Check flat arrays in D4RL's layout, and find where episodes begin and end."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from dtlib.errors import UserError
+from dtlib.storage import digest
 from dtlib.tasks import Task
 
 # D4RL's arrays, one row a step; timeouts may be absent.
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+# The torso's height, the first number of a state, tells the two robots of 17 numbers apart.
+HEIGHTS = {"walker2d": (0.8, 2.0), "halfcheetah": (-0.8, 0.7)}
 
 
 def check_columns(name: str, source: dict, task: Task, steps: int | None) -> dict:
@@ -40,6 +45,30 @@ def check_columns(name: str, source: dict, task: Task, steps: int | None) -> dic
             step = np.argwhere(~finite)[0, 0]
             raise UserError(f"{name}: {key} is not finite at step {step}; remove such episodes.")
     return columns
+
+
+def fingerprint(arrays: Iterable[np.ndarray]) -> str:
+    """Return the SHA-256 of arrays: equal exactly if all numbers, types and shapes are equal."""
+    return digest(b"".join(f"{a.dtype}{a.shape}".encode() + a.tobytes() for a in arrays))
+
+
+def odd_types(source: dict) -> list[str]:
+    """Return a note for each array of whole numbers where D4RL has fractions."""
+    kinds = {key: np.asarray(source[key]).dtype for key in KEYS[:3] if key in source}
+    return [f"{key} are {kind}, not float32" for key, kind in kinds.items() if kind.kind != "f"]
+
+
+def odd_values(observations: np.ndarray, actions: np.ndarray, task: Task) -> list[str]:
+    """Return notes on actions out of range, and on states that look like another robot's."""
+    notes, outside = [], float((np.abs(actions) > 1).any(1).mean())
+    if outside:
+        notes.append(f"{outside:.1%} of the steps have actions outside [−1, 1], which act as ±1")
+    height = float(observations[:, 0].mean(dtype=np.float64))
+    low, high = HEIGHTS.get(task.name, (-np.inf, np.inf))
+    if not low <= height <= high:
+        problem = f"the mean height is {height:.2f}, not within [{low}, {high}]"
+        notes.append(f"{problem}: perhaps these are another robot's states")
+    return notes
 
 
 def find_episodes(name: str, columns: dict, task: Task) -> tuple[np.ndarray, list[str]]:

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from dtlib.errors import UserError
 from dtlib.sources.collected import QUALITIES
-from dtlib.sources.episodes import KEYS
-from dtlib.storage import digest, locked, no_room, write_text
+from dtlib.sources.episodes import KEYS, fingerprint
+from dtlib.storage import digest, locked, sweep, temporary_name, typed, write_text, writing
 from dtlib.tasks import Task
 
 D4RL_ADDRESS = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
@@ -29,15 +29,21 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"There is no file {path}: expected an HDF5 file in D4RL's layout.")
     head = np.fromfile(path, np.uint8, 2).tolist()
-    if path.suffix in PICKLES or (head[:1] == [0x80] and head[1:] <= [5]):
+    if path.suffix.lower() in PICKLES or (head[:1] == [0x80] and head[1:] <= [5]):
         raise UserError(
             f"{path} is a pickle, and none is ever opened, as it can run code: give HDF5 in D4RL's "
             "layout."
         )
     try:
         with h5py.File(path) as file:
-            return {key: _read_array(path, file, key) for key in KEYS if key in file}
-    except UserError:
+            # Without following links: one to a pipe would hang.
+            links = {key: file.get(key, getlink=True) for key in set(KEYS) & set(file.keys())}
+            columns = {k: _read_array(path, file, k, links[k]) for k in KEYS if k in links}
+            sealed = file.attrs.get("sha256", "")
+        if sealed and sealed != fingerprint(columns.values()):
+            raise ValueError("its arrays are not those that were written")
+        return columns
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # damage surfaces as any of many kinds
         raise UserError(
@@ -46,10 +52,14 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _read_array(path: Path, file: h5py.File, key: str) -> np.ndarray:
-    array, link = file[key], file.get(key, getlink=True)
-    if isinstance(link, h5py.ExternalLink) or array.external or array.is_virtual:
+def _read_array(path: Path, file: h5py.File, key: str, link: object) -> np.ndarray:
+    inside = isinstance(link, h5py.HardLink)
+    if not inside or (array := file[key]).external or array.is_virtual:
         raise UserError(f"{path}: {key} lies in another file, which is not read: copy it into one.")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if array.nbytes > memory:
+        size = f"{array.nbytes / 1e9:,.0f} GB, more than this machine's memory"
+        raise UserError(f"{path}: {key} takes {size}: take a smaller data set.")
     settings = array.id.get_create_plist()
     for code, *_ in map(settings.get_filter, range(settings.get_nfilters())):
         if not h5py.h5z.filter_avail(code):
@@ -60,6 +70,19 @@ def _read_array(path: Path, file: h5py.File, key: str) -> np.ndarray:
     return array[()]
 
 
+def data_files(dataset: str, task: Task) -> list[Path]:
+    """Return the files that ``dataset`` names, as far as they are here; of collected data, none."""
+    kind, _, what = dataset.partition(":")
+    if kind == "d4rl":
+        files = [d4rl_path(task, what)]
+    elif kind == "minari":
+        root = typed(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets")
+        files = sorted((root / what / "data").rglob("*")) if what else []
+    else:
+        files = [typed(dataset)] if kind != "collected" else []
+    return [path for path in files if os.path.isfile(path)]
+
+
 def d4rl_path(task: Task, quality: str) -> Path:
     """Return where the d4rl package keeps a ``-v2`` file, in D4RL_DATASET_DIR or ~/.d4rl/datasets.
 
@@ -68,7 +91,7 @@ def d4rl_path(task: Task, quality: str) -> Path:
     if quality not in QUALITIES:
         known = ", ".join(QUALITIES)
         raise UserError(f"Unknown data set d4rl:{quality}: the qualities are {known}.")
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    folder = typed(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
     return folder / f"{task.name}_{quality.replace('-', '_')}-v2.hdf5"
 
 
@@ -81,7 +104,7 @@ def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
     path = d4rl_path(task, quality)
     known = path.with_suffix(".sha256")
     if not path.exists() or (not known.exists() and os.access(path.parent, os.W_OK)):
-        with locked(path), no_room(path):  # another process may have been quicker
+        with locked(path), writing(path):  # another process may have been quicker
             if not path.exists():
                 _download(path, progress)
             if not known.exists():
@@ -97,7 +120,8 @@ def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
 def _download(path: Path, progress: bool) -> None:
     """Download a D4RL file; under its name there is the whole file or nothing."""
     pooch.get_logger().setLevel(logging.WARNING)
-    arrived = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    sweep(path.parent.glob(".writing-*"))
+    arrived = temporary_name(path.parent)
     fetch = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 20, timeout=60)
     try:
         pooch.retrieve(D4RL_ADDRESS + path.name, None, arrived.name, path.parent, downloader=fetch)

@@ -14,32 +14,33 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, model_validator
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dtlib import storage
 from dtlib.build import draw
-from dtlib.config import SIZES, Count, Lax, Positive, Whole
+from dtlib.config import SIZES, VALUES, Count, Lax, Positive, Whole
 from dtlib.data import Trajectories, Windows
 from dtlib.devices import choose_device
 from dtlib.errors import checked
 from dtlib.evaluate import Episodes
 from dtlib.model import DecisionTransformer
+from dtlib.parallel import one_thread
 from dtlib.records import weights_digest
 from dtlib.seeding import stream_seed
 from dtlib.starts import build_model, get_starting_point
 from dtlib.tasks import get_task
 from dtlib.train import learning_rate_at, train_epoch
 from dtlib.wikipedia.emulator import HORIZON, STACK, get_game, lockstep
-from dtlib.wikipedia.replay import ScreenSampler, collect_game, load_replay
+from dtlib.wikipedia.replay import ScreenSampler, collect_game, load_replay, replay_files
 
 CONVOLUTIONS = ((STACK, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))  # DQN's: in, out, kernel, stride
 NOT_DECAYED = ("embed_action.0.weight", "embed_place", "embed_time")  # nor norms and biases
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@dataclass(frozen=True, config=VALUES)
 class GameConfig:
     """All values that decide a run on a game. The defaults are paper B's baseline.
 
@@ -77,9 +78,12 @@ class GameConfig:
 
     @property
     def name(self) -> str:
-        """Name of the run's folder: readable first, then a hash of all values and the weights."""
-        weights = weights_digest(self.initialisation, self.size, self.seed)
-        start, code = Path(self.initialisation).name, storage.digest(asdict(self), weights)[:12]
+        """Name of the run's folder: readable first, then a hash of all values and files."""
+        files = [weights_digest(self.initialisation, self.size, self.seed)]
+        if self.data != "collected":
+            found = replay_files(storage.typed(self.data), self.data_checkpoints)
+            files += [storage.digest(path) for path in found if path.is_file()]
+        start, code = Path(self.initialisation).name[:80], storage.digest(asdict(self), *files)[:12]
         return f"{self.game}-{start}-K{self.context}-seed{self.seed}-{code}"
 
 
@@ -88,7 +92,7 @@ def load_data(config: GameConfig, progress: bool = True) -> Trajectories:
     game = get_game(config.game)
     if config.data == "collected":
         return load_replay(collect_game(game, config.data_steps or 20_000, progress=progress), game)
-    return load_replay(Path(config.data), game, config.data_checkpoints, config.data_steps)
+    return load_replay(storage.typed(config.data), game, config.data_checkpoints, config.data_steps)
 
 
 class GameTransformer(DecisionTransformer):
@@ -200,18 +204,17 @@ def fine_tuned_game(config: GameConfig, device: str = "auto", progress: bool = T
     with storage.growing(final) as folder:
         begun = folder and (folder / "resume.safetensors").exists()
         if folder and (begun or not (folder / "run.json").exists()):
-            _train(config, folder, device, progress)
-    return json.loads((final / "run.json").read_text())
+            with one_thread(device):  # the same rounding on any number of cores
+                _train(config, folder, device, progress)
+    return json.loads((final / "run.json").read_text(encoding="utf-8"))
 
 
 def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> None:
     """Train in ``folder`` from the last finished epoch on; play and save after each epoch."""
-    trajectories, state = load_data(config, progress), folder / "resume.safetensors"
+    trajectories = load_data(config, progress)
     sampler = ScreenSampler(trajectories, config.context, device)
     model = GameTransformer(config, int(trajectories.lengths.max())).to(device)
     optimiser = game_optimiser(model, config.learning_rate)
-    saved = storage.load_state(state, model, optimiser)
-    metrics = saved["metrics"] if saved else []
     steps = config.steps_per_epoch or -(-sampler.number_of_steps // config.batch_size)
     rate = partial(
         learning_rate_at,
@@ -220,26 +223,35 @@ def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> Non
         total_steps=config.epochs * steps,
         shape="cosine",
     )
-    done = max(len(metrics) - 1, 0) * steps
-    bar = tqdm(desc=config.name, total=config.epochs * steps, initial=done, disable=not progress)
+    bar = tqdm(desc=config.name, total=config.epochs * steps, disable=not progress)
     options = {"rate": rate, "gradient_clip": 1.0, "loss_of": game_loss, "on_step": bar.update}
+
+    def advance(epoch: int, _: dict) -> dict:
+        loss, first_step = None, (epoch - 1) * steps
+        if epoch > 0:
+            torch.manual_seed(stream_seed(config.seed, "dropout", epoch))
+            seed = stream_seed(config.seed, "batches", epoch)
+            rows = draw(seed, sampler.number_of_steps, steps, config.batch_size).to(device)
+            loss = train_epoch(model, optimiser, sampler, rows, first_step=first_step, **options)
+        played = play(model, config, stream_seed(config.seed, "evaluation of epoch", epoch))
+        row = {"step": epoch * steps, "loss": loss}
+        return row | {"scores": played.returns.tolist(), "lengths": played.lengths.tolist()}
+
     with bar, torch.random.fork_rng(range(torch.cuda.device_count())):
-        for epoch in range(len(metrics), config.epochs + 1):
-            loss, first_step = None, (epoch - 1) * steps
-            if epoch > 0:
-                torch.manual_seed(stream_seed(config.seed, "dropout", epoch))
-                seed = stream_seed(config.seed, "batches", epoch)
-                rows = draw(seed, sampler.number_of_steps, steps, config.batch_size).to(device)
-                loss = train_epoch(
-                    model, optimiser, sampler, rows, first_step=first_step, **options
-                )
-            played = play(model, config, stream_seed(config.seed, "evaluation of epoch", epoch))
-            row = {"step": epoch * steps, "loss": loss}
-            row |= {"scores": played.returns.tolist(), "lengths": played.lengths.tolist()}
-            metrics.append(row)
-            storage.save_state(state, model, optimiser, {"metrics": metrics})
+        done = storage.resumable(
+            folder,
+            model,
+            optimiser,
+            new={"metrics": [], "fingerprint": trajectories.fingerprint},
+            rows="metrics",
+            count=config.epochs + 1,
+            advance=advance,
+            on_steps=bar.update,
+        )
     storage.write_tensors(folder / "model.safetensors", model.state_dict())
     versions = storage.versions() | {"ale-py": version("ale-py")}
-    record = {"config": asdict(config), "metrics": metrics, "versions": versions}
-    storage.write_text(folder / "run.json", record)
-    state.unlink()
+    about = {name: done[name] for name in ("metrics", "fingerprint", "begun_with") if name in done}
+    storage.write_text(
+        folder / "run.json", {"config": asdict(config), **about, "versions": versions}
+    )
+    (folder / "resume.safetensors").unlink()

@@ -19,8 +19,8 @@ from dtlib.pretraining.corpus import Corpus
 from dtlib.pretraining.language import language
 from dtlib.seeding import stream_seed
 from dtlib.starts import get_starting_point, weights_folder
-from dtlib.storage import read_tensors
-from dtlib.weights import read_config
+from dtlib.storage import typed
+from dtlib.weights import read_config, read_weights
 
 
 def annealing(step: int, steps: float = 5000) -> float:
@@ -64,10 +64,12 @@ class Words(nn.Module):
 
     def __init__(self, folder: Path):
         super().__init__()
-        found = read_tensors(folder / "model.safetensors")
-        found = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
-        if not {"wte.weight", "wpe.weight"} <= set(found):
-            raise UserError(f"{folder} has no word and position tables: name a language model.")
+        found = read_weights(folder)
+        tables = [found.get(name) for name in ("wte.weight", "wpe.weight")]
+        if any(t is None or t.dim() != 2 or not t.isfinite().all() for t in tables):
+            raise UserError(
+                f"{folder} has no finite word and position tables: name a language model."
+            )
         self.wte = nn.Parameter(found["wte.weight"].float())
         self.wpe = nn.Parameter(found["wpe.weight"].float())
 
@@ -78,18 +80,38 @@ def reading_loss(model: DecisionTransformer, words: Words, sequences: Tensor) ->
     return cross_entropy((hidden @ words.wte.T).flatten(0, 1), sequences[:, 1:].flatten())
 
 
+def corpus_of(config: RunConfig) -> str:
+    """Return the corpus that co-training reads; by default what the language model learnt from."""
+    point = get_starting_point(config.words or config.initialisation)
+    on_hub = point.hub and not typed(point.hub).is_dir()
+    folder = None if on_hub else weights_folder(point, config.size, config.seed)
+    return config.cotraining_corpus or learnt_from(folder)
+
+
+def learnt_from(folder: Path | None) -> str:
+    """Return the corpus of a model pre-trained here; of others, WikiText-103."""
+    record = folder and folder / "training.json"
+    if record and record.is_file():
+        return json.loads(record.read_text(encoding="utf-8"))["config"]["corpus"]
+    return "wikitext-103"
+
+
 def text_for(folder: Path, corpus: str) -> Corpus:
     """Return ``corpus`` in a language model's tokens and full sequences; "": what it learnt from.
 
-    Raises UserError if the model in ``folder`` has no tokenizer.
+    Raises UserError if the model in ``folder`` has no tokenizer, or one of more tokens than words.
     """
-    tokenizer, record = folder / "tokenizer.json", folder / "training.json"
-    if not tokenizer.exists():
+    tokenizer, shape = folder / "tokenizer.json", read_config(folder)
+    if not tokenizer.is_file():
         raise UserError(f"{folder} is no language model with a tokenizer: co-training needs one.")
-    if not corpus and record.exists():
-        corpus = json.loads(record.read_text())["config"]["corpus"]
-    positions = read_config(folder)["n_positions"]
-    return language(corpus or "wikitext-103", positions, 0, False, tokenizer.read_text())
+    text = tokenizer.read_text(encoding="utf-8", errors="replace")
+    found = language(corpus or learnt_from(folder), shape["n_positions"], 0, False, text)
+    if found.vocabulary > shape["vocab_size"]:
+        raise UserError(
+            f"{tokenizer} has {found.vocabulary} tokens, but the word table has "
+            f"{shape['vocab_size']}: bring the model's own tokenizer."
+        )
+    return found
 
 
 class LanguageLosses:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dtlib.data import Trajectories, Windows, WindowSampler
 from dtlib.errors import UserError
 from dtlib.sources.collected import POLICIES
-from dtlib.storage import atomic_write, cache_root, digest, growing
+from dtlib.storage import atomic_write, cache_root, digest, growing, seal
 from dtlib.wikipedia.emulator import STACK, Game, lockstep, pong_actions
 
 ARRAYS = {  # dtype, shape of a row
@@ -25,7 +25,22 @@ ARRAYS = {  # dtype, shape of a row
     "$store$_reward": (np.float32, ()),
     "$store$_terminal": (np.uint8, ()),
 }
+LARGEST_REWARD = 1e6  # of a step, unclipped; sums of more could overflow
 BLANKS = STACK - 1  # black rows that Dopamine puts before each episode
+
+
+def replay_folder(folder: Path) -> Path:
+    """Return where a game's files lie: in ``folder``, or in 1/replay_logs as in the bucket."""
+    nested = folder / "1" / "replay_logs"
+    return nested if nested.is_dir() else folder
+
+
+def replay_files(folder: Path, checkpoints: tuple[int, ...]) -> list[Path]:
+    """Return the files that ``load_replay`` reads, there or not."""
+    names = [
+        f"{name}_ckpt.{number}.gz" for number in checkpoints for name in (*ARRAYS, "add_count")
+    ]
+    return [replay_folder(folder) / name for name in names]
 
 
 def load_replay(
@@ -37,6 +52,7 @@ def load_replay(
     ``steps`` (None: all); [code] draws its share at random. Blank rows are left out; [code] learns
     from them too. Raises UserError if files are missing, damaged or of another game.
     """
+    name, folder = folder.name, replay_folder(folder)
     share, episodes = steps and math.ceil(steps / len(checkpoints)), []
     for checkpoint in checkpoints:
         screens, actions, rewards, terminals = _read_checkpoint(folder, checkpoint, share)
@@ -52,8 +68,10 @@ def load_replay(
     if (actions < 0).any() or (actions >= game.actions).any():
         found = f"actions from {actions.min()} to {actions.max()}, but {game.name}"
         raise UserError(f"{folder} has {found} those from 0 to {game.actions - 1}: take its own.")
+    if not np.isfinite(rewards).all() or np.abs(rewards).max() > LARGEST_REWARD:
+        raise UserError(f"{folder} has rewards that are no game's: get DQN-replay's own files.")
     starts = np.cumsum([0, *(len(rewards) for _, _, rewards in episodes)])
-    return Trajectories(folder.name, screens, actions.astype(np.int64), rewards, starts)
+    return Trajectories(name, screens, actions.astype(np.int64), rewards, starts)
 
 
 def _read_checkpoint(folder: Path, checkpoint: int, limit: int | None) -> list[np.ndarray]:
@@ -86,7 +104,7 @@ def _read(
             return np.frombuffer(content, dtype).reshape(rows, *row), total
     except FileNotFoundError as error:
         raise UserError(f"There is no file {folder / name}: give a game's replay_logs.") from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, SyntaxError, MemoryError, zlib.error) as error:
         raise UserError(f"{folder / name} is not a whole array ({error}): get it anew.") from error
 
 
@@ -130,9 +148,9 @@ def collect_game(game: Game, steps: int = 20_000, seed: int = 0, progress: bool 
         asked = f"Cannot collect {steps} steps of {game.name} with seed {seed}"
         known = "expected pong, the one game with a policy, at least 1 step and a seed from 0"
         raise UserError(f"{asked}: {known}; of other games, load DQN-replay's data.")
-    weights = np.array(json.loads(policy.read_text())["weights"])
+    weights = np.array(json.loads(policy.read_text(encoding="utf-8"))["weights"])
     name = f"{game.name}-{steps}-seed{seed}-ale{ale_py.__version__}-{digest(policy)[:8]}"
-    with growing(cache_root() / "data" / name) as folder:
+    with growing(cache_root() / "data" / name, remake=True) as folder:
         if folder is None:
             return cache_root() / "data" / name
         bar = tqdm(desc=f"collecting {game.name}", total=steps, disable=not progress)
@@ -147,6 +165,7 @@ def collect_game(game: Game, steps: int = 20_000, seed: int = 0, progress: bool 
         bar.close()
         columns = map(np.array, zip(*rows, strict=True))
         write_replay(folder, Trajectories(name, *columns, np.array(starts)))
+        seal(folder)
     return cache_root() / "data" / name
 
 
