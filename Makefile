@@ -1,8 +1,10 @@
 # figures · test · test-browser · lint · format · lab · book · bench · clean: each first builds .venv if it is out of date.
 PROFILE   ?= laptop
 NOTEBOOKS ?=
-# A name on PATH can be a version manager's empty shell, so python3.11 must run before it is chosen.
-PYTHON    ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
+FITS = import sys; print(sys.executable); sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+# A name on PATH can be a version manager's empty shell, so each is run before one is chosen.
+PYTHON    ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
+	$$name -c '$(FITS)' 2>/dev/null && break; done | tail -n 1)
 
 .PHONY: figures test test-browser lint format lab book check-book bench clean
 
@@ -50,7 +52,9 @@ clean:
 
 # d4rl's own dependencies no longer install; the tests only need the reader inside it.
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@'$(PYTHON)' -c '$(FITS)' >/dev/null 2>&1 || \
+		{ echo "No Python from 3.11 to 3.13 was found: install one, or say make PYTHON=path." >&2; exit 1; }
+	.venv/bin/python -c '$(FITS)' >/dev/null 2>&1 || '$(PYTHON)' -m venv --clear .venv
 	.venv/bin/python -m pip install -c constraints.txt -e '.[test]'
 	.venv/bin/python -m pip install -q -c constraints.txt --no-deps d4rl
 	touch $@

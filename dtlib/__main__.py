@@ -4,14 +4,24 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import typer
 
-from dtlib.errors import UserError  # the rest is imported by the commands, so that --help is quick
+def _quiet(kind: type, error: BaseException, trace: object) -> None:
+    """Show Ctrl-C during the imports as one line."""
+    sys.__excepthook__(kind, error, None if kind is KeyboardInterrupt else trace)
 
-USER_ERRORS = (UserError, NotADirectoryError, FileExistsError, PermissionError)
+
+sys.excepthook = _quiet
+
+from pathlib import Path  # noqa: E402
+
+import typer  # noqa: E402
+
+# The rest is imported by the commands, so that --help is quick.
+from dtlib.errors import UserError  # noqa: E402
+
 SETTINGS = typer.Option(None, "--set", help="name=value; repeatable.")
+NO_MEMORY = ("not enough memory", "out of memory", "can't allocate")
 
 
 class Commands(typer.core.TyperGroup):
@@ -21,12 +31,19 @@ class Commands(typer.core.TyperGroup):
         """Run a command."""
         try:
             return super().invoke(context)
-        except USER_ERRORS as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(2) from error
+        except (UserError, OSError) as error:
+            _end(f"Error: {error}", 2, error)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(n in str(error) for n in NO_MEMORY):
+                raise
+            _end(f"Error: too little memory ({error}): take fewer or smaller models.", 2, error)
         except KeyboardInterrupt as error:
-            typer.echo("\nInterrupted; run the same command again to resume.", err=True)
-            raise typer.Exit(130) from error
+            _end("\nInterrupted; run the same command again to resume.", 130, error)
+
+
+def _end(text: str, status: int, error: BaseException) -> None:
+    typer.echo(text, err=True)
+    raise typer.Exit(status) from error
 
 
 OPTIONS = {"no_args_is_help": True, "add_completion": False, "pretty_exceptions_enable": False}
@@ -52,13 +69,14 @@ def describe(run: object) -> str:
 def figures(
     notebooks: list[str] = typer.Argument(None, help="Numbers or names, such as 00 03; or all."),
     profile: str = typer.Option("laptop", help="smoke, laptop, full, gpu or paper."),
-    figures: str = "figures",
+    figures: str = typer.Option("", help="Folder; default: figures, in the repository."),
     settings: list[str] = SETTINGS,
     plan: bool = typer.Option(False, "--plan", help="Say what it would cost, and stop."),
 ) -> None:
     """Run the notebooks; write figures and their numbers into FIGURES/PROFILE/NOTEBOOK."""
-    from dtlib import batch
+    from dtlib import batch, storage
 
+    figures = str(storage.typed(figures)) if figures else "figures"
     batch.run(profile, notebooks, settings or [], figures, plan)
 
 
@@ -69,10 +87,12 @@ def finetune(
     processes: int = typer.Option(None, help="How many on a CPU; default: one a core."),
 ) -> None:
     """Train, resume or find runs on DEVICE (auto, cpu, cuda); print their learning curves."""
+    from dtlib import storage
     from dtlib.config import RunConfig
     from dtlib.runs import fine_tuned
     from dtlib.settings import parse_settings
 
+    storage.sweep_cache()
     known = vars(RunConfig())
     if not settings:
         return typer.echo("\n".join(f"{name}={value}" for name, value in known.items()))
@@ -95,11 +115,14 @@ def pretrain(
     device: str = "auto",
 ) -> None:
     """Pre-train a starting point, or resume one; print its folder and held-out loss."""
+    from dtlib import storage
     from dtlib.pretraining import training
     from dtlib.settings import parse_settings
 
-    values = {"kind": kind, "size": size, "seed": seed, "corpus": corpus}
-    values |= parse_settings(settings or [], {"tokens": "", "corpus": ""})
+    storage.sweep_cache()
+    settings = [f"corpus={corpus}", *(settings or [])]
+    values = {"kind": kind, "size": size, "seed": seed}
+    values |= parse_settings(settings, {"tokens": "", "corpus": ""})
     folder = training.pretrain(training.PretrainConfig(**values), out, device)
     losses = training.load_starting_point(folder)[1]["held_out"]
     text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -116,8 +139,9 @@ def data(
     seed: int = 0,
 ) -> None:
     """Collect (a function of SEED), download or open a data set, and summarise it."""
-    from dtlib import data, tasks
+    from dtlib import data, storage, tasks
 
+    storage.sweep_cache()
     typer.echo(data.load(dataset, tasks.get_task(task), steps=steps, seed=seed).summary())
 
 

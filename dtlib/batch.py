@@ -10,7 +10,6 @@ import os
 import subprocess
 import symtable
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +25,14 @@ from dtlib import profiles
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
 from dtlib.settings import fit, parse_settings
-from dtlib.storage import cache_root, repository, write_text, writing
+from dtlib.storage import (
+    cache_root,
+    repository,
+    sweep_cache,
+    temporary_folder,
+    write_text,
+    writing,
+)
 
 
 class Job(NamedTuple):
@@ -99,6 +105,7 @@ def asked_for(path: Path, values: dict[str, object]) -> list[RunConfig]:
     """Return the runs that a notebook first asks ``runs.fine_tuned`` for, and train none.
 
     Executes that cell and the earlier ones that it needs, with ``values`` for the parameters.
+    Raises UserError with what the notebook itself would say.
     """
     from dtlib import runs  # slow to import
 
@@ -116,11 +123,15 @@ def asked_for(path: Path, values: dict[str, object]) -> list[RunConfig]:
         elif defined & wanted:
             chosen, wanted = [cell, *chosen], used | wanted
     quiet = contextlib.redirect_stdout(io.StringIO())
-    # A UserError: the notebook itself will say it.
-    with patch.object(runs, "fine_tuned", note), contextlib.suppress(_AskedFor, UserError), quiet:
-        for cell in chosen:
-            exec(cell.source, scope)
-            scope.update(values if "parameters" in cell.metadata.get("tags", []) else {})
+    try:
+        with patch.object(runs, "fine_tuned", note), contextlib.suppress(_AskedFor), quiet:
+            for cell in chosen:
+                exec(cell.source, scope)
+                scope.update(values if "parameters" in cell.metadata.get("tags", []) else {})
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"Notebook {path.stem}: {type(error).__name__}: {error}.") from error
     return found
 
 
@@ -147,6 +158,7 @@ def run(
     First pre-trains the models that they need. Prints a plan for profiles that take hours, and
     does no more with ``only_plan``. Raises UserError.
     """
+    sweep_cache()
     root, seconds = repository(), {}
     jobs = plan(root / "notebooks", profile, notebooks, settings)
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
@@ -157,8 +169,15 @@ def run(
     if only_plan or profile not in ("smoke", "laptop"):
         from dtlib import planning  # slow to import
 
-        asked = {config: None for job in jobs for config in asked_for(job.path, job.values)}
-        print(planning.describe(profile, list(asked), list(points)))
+        asked, unknown = {}, []
+        for job in jobs:
+            try:
+                asked |= dict.fromkeys(asked_for(job.path, job.values))
+            except UserError as error:
+                if not (lacks or points):  # a wrong value, not a file that comes later
+                    raise
+                unknown.append(f"Not counted: the runs of {job.path.stem} ({error})")
+        print("\n".join([planning.describe(profile, list(asked), list(points)), *unknown]))
     if only_plan:
         return seconds
     if points:
@@ -190,9 +209,10 @@ def execute(job: Job, root: Path, folder: Path) -> None:
     settings = {"cwd": root, "kernel_name": "python3", "language": "python"}
     # The second shows progress inside a cell.
     settings |= {"progress_bar": {"desc": name}, "stderr_file": sys.stderr}
-    with writing(copy), tempfile.TemporaryDirectory() as home:
+    with writing(copy), temporary_folder() as home:
         write_kernel_spec(Path(home, "kernels/python3"), extra_arguments=["--log-level=CRITICAL"])
         about = {"DTLIB_FIGURES": str(folder.parents[1]), "DTLIB_OVERRIDES": json.dumps(job.chosen)}
+        about |= {"DTLIB_CACHE": str(cache_root()), "JUPYTER_RUNTIME_DIR": home}
         output = str(copy).replace("{", "{{").replace("}", "}}")
         notebook = nbformat.read(job.path, as_version=4)
         try:
@@ -262,9 +282,10 @@ def list_figures(path: Path, folder: Path, began: float) -> None:
         if not file.exists() or file.stat().st_mtime < began:
             raise UserError(f"Notebook {path.stem} did not write {file}, which it promises.")
     tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
-    git = subprocess.run(
-        "git rev-parse HEAD", shell=True, cwd=path.parent, capture_output=True, text=True
-    )
+    git = "git rev-parse HEAD && git status --porcelain --untracked-files=no -- dtlib notebooks"
+    git = subprocess.run(git, shell=True, cwd=path.parents[1], capture_output=True, text=True)
+    commit, *changed = git.stdout.splitlines() or [""]
+    commit += ", with changes" * bool(changed)
     found = {}
     for png in sorted(folder.glob("*.png")):
         if png.stat().st_mtime < began:
@@ -275,6 +296,6 @@ def list_figures(path: Path, folder: Path, began: float) -> None:
         own = [tag for tag in tags if f"figure-{png.stem}_".startswith(f"{tag}_")]
         if not own:
             raise UserError(f"Notebook {path.stem} has no cell tagged figure-{png.stem}.")
-        cell, commit = max(own, key=len), git.stdout.strip()
+        cell = max(own, key=len)
         found[png.stem] = {"notebook": path.stem, "cell": cell, "commit": commit}
     write_text(folder / "figures.json", found)

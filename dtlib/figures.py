@@ -50,6 +50,7 @@ def use_style() -> None:
     sizes = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "lines.markersize": 5}
     boxes = {"axes.spines.top": False, "axes.spines.right": False, "legend.edgecolor": "none"}
     layout = {"figure.figsize": (5.0, 3.4), "figure.constrained_layout.use": True}
+    plt.style.use("default")  # not what the user's own matplotlibrc says
     cycle = plt.cycler(color=list(dict.fromkeys(COLOURS.values())))
     plt.rcParams.update(sizes | boxes | layout | {"axes.prop_cycle": cycle, "pdf.fonttype": 42})
 
@@ -352,15 +353,18 @@ class Output:
         key = digest(cells, *code, records, versions(), pd.__version__)[:12]
         path = cache_root() / "measures" / self.profile / self.folder.name / f"{name}-{key}.json"
         try:
-            columns, types = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # absent, or damaged
+            columns, types, code = json.loads(path.read_text(encoding="utf-8"))
+            if code != digest([columns, types]):
+                raise ValueError(f"{path} is damaged")
+        except (OSError, ValueError, TypeError):  # absent, or damaged
             table = measure()
             # JSON keeps every digit of a number, and tells 1 from "1" and None.
             text = json.dumps([table.to_dict("list"), table.dtypes.astype(str).to_dict()])
+            text = json.dumps([*json.loads(text), digest(json.loads(text))])
             for old in path.parent.glob(f"{name}-*"):
                 old.unlink(missing_ok=True)
             write_text(path, text)
-            columns, types = json.loads(text)
+            columns, types, _ = json.loads(text)
         return pd.DataFrame({name: pd.Series(columns[name], dtype=types[name]) for name in types})
 
     def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:

@@ -2,10 +2,9 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import mujoco
 import numpy as np
 
-from dtlib.tasks import Task
+from dtlib.tasks import Task, mujoco
 
 FULL_STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # all that the next step depends on
 

@@ -131,6 +131,18 @@ def temporary_name(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Yield a folder that is gone afterwards, or after ``kill -9`` when the cache is next swept."""
+    folder = temporary_name(cache_root())
+    with writing(folder):
+        folder.mkdir(parents=True)
+    try:
+        yield str(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to ``path`` on success, remove it on any error.
 

@@ -1,13 +1,18 @@
 """The tasks: environment, shapes, target returns and normalised scores."""
 
+import os
 import warnings
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import gymnasium
-import mujoco
 import numpy as np
 
 from dtlib.errors import UserError
+
+# MUJOCO_GL names what draws. Its import can fail; gymnasium does that when something is drawn.
+with patch.dict(os.environ, MUJOCO_GL="disable"):
+    import mujoco
 
 mujoco.set_mju_user_warning(warnings.warn)  # by default MuJoCo writes to ./MUJOCO_LOG.TXT
 

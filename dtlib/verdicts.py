@@ -1,5 +1,6 @@
 """One row a claim: what the paper says, the rule that decides it, what was found, what follows."""
 
+import numpy as np
 import pandas as pd
 
 from dtlib.figures import sentence, t_interval
@@ -13,9 +14,9 @@ def decide(
     """A row of notebook 10: the claim says that ``values`` (seeds,) exceed ``threshold``.
 
     Their mean's 95 % t-interval over seeds decides. All of it above: "supported"; all of it below:
-    "not supported"; otherwise, and with fewer than three seeds: "undecided". ``section`` is one of
-    the paper, as in "A 5.1"; ``rule`` is one sentence that names the effect; ``measure`` is one of
-    MEASURES. Raises ValueError for another measure.
+    "not supported"; otherwise, and with fewer than three seeds: "undecided". Values with a NaN:
+    "not measured". ``section`` is one of the paper, as in "A 5.1"; ``rule`` is one sentence that
+    names the effect; ``measure`` is one of MEASURES. Raises ValueError for another measure.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure is {measure!r}; expected one of {MEASURES}")
@@ -23,6 +24,7 @@ def decide(
     verdict = (
         "supported" if low > threshold else "not supported" if high < threshold else "undecided"
     )
+    verdict = "not measured" if np.isnan(effect) else verdict
     about = {"section": section, "claim": claim, "rule": rule, "measure": measure, "task": task}
     found = {"effect": effect, "low": low, "high": high, "threshold": threshold}
     return {**about, **found, "seeds": len(values), "verdict": verdict}

@@ -85,7 +85,7 @@ class Snapshots(BaseCallback):
             metadata={k: str(v) for k, v in about.items()},
         )
         new = not (self.out / "curve.csv").exists()
-        with open(self.out / "curve.csv", "a", newline="") as file:
+        with open(self.out / "curve.csv", "a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, row)
             if new:
                 writer.writeheader()

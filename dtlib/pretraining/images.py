@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from dtlib.errors import UserError
 from dtlib.pretraining.corpus import HELD_OUT, Corpus, count_within
 from dtlib.seeding import stream_seed
-from dtlib.storage import digest
+from dtlib.storage import digest, typed
 
 COLOURS = 512  # of the palette; this token begins an image
 
@@ -27,7 +27,7 @@ def image(corpus: str, sequence: int) -> Corpus:
     side = round(sequence**0.5)
     if side * side != sequence:
         raise UserError(f"{sequence} tokens make no square image: try 256 (16 × 16) or 1024.")
-    train, kept = _photographs(side) if corpus == "photographs" else _cifar(Path(corpus), side)
+    train, kept = _photographs(side) if corpus == "photographs" else _cifar(typed(corpus), side)
     pixels = np.concatenate([images.reshape(-1, 3) for images in train])
     with threadpool_limits(1):  # the same rounding on any number of cores
         palette = _palette(pixels)

@@ -179,6 +179,19 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
         ) from error
 
 
+def is_trial(folder: Path, config: PretrainConfig) -> bool:
+    """Return whether a model in the cache was trained otherwise than ``config`` says.
+
+    Seed and precision are its own.
+    """
+    record = folder / "training.json"
+    if folder.parent != storage.cache_root() / "starting_points" or not record.is_file():
+        return False
+    known = json.loads(record.read_text(encoding="utf-8"))["config"]
+    own = {"seed": config.seed, "precision": config.precision}
+    return {"tokens": "", **known, **own} != asdict(config)
+
+
 def pretrain_all(configs: list[PretrainConfig], device: str = "auto") -> list[Path]:
     """Pre-train several starting points side by side: one a core, or one a card."""
     return run_all(
@@ -202,7 +215,7 @@ def pretrain(
     after n more steps; None shows a progress bar. Raises UserError for a bad corpus, and if
     ``folder`` (None: in the cache) holds something else.
     """
-    folder = Path(folder or storage.cache_root() / "starting_points" / config.name)
+    folder = storage.typed(folder or storage.cache_root() / "starting_points" / config.name)
     device = choose_device(device)
     with storage.growing(folder) as partial:
         path = (partial or folder) / "training.json"

@@ -8,6 +8,7 @@ Its sections: ``base``, the profile whose values it replaces; ``needs``, what th
 import functools
 import http.client
 import importlib.util
+import os
 import urllib.request
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def unreachable(address: str) -> str:
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5):
             return ""
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -85,6 +86,7 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
     from huggingface_hub import constants, try_to_load_from_cache
 
     from dtlib.sources import files
+    from dtlib.storage import repository, typed
     from dtlib.tasks import get_task
 
     own = load_profile(profile)
@@ -102,15 +104,27 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
         address = files.D4RL_ADDRESS + path.name
         text = f"the file {path} (put it there, from {address})"
         lacks[text] = not path.exists() and unreachable(address)
-    for folder in [Path(replay, game) for game in games if replay != "collected"]:
-        text = f"the folder {folder} (of gs://atari-replay-datasets/dqn, that game's 1/replay_logs)"
-        lacks[text] = not folder.is_dir()
+    for game in games if replay != "collected" and importlib.util.find_spec("ale_py") else []:
+        from dtlib.wikipedia.games import GameConfig
+        from dtlib.wikipedia.replay import replay_files
+
+        folder = repository() / os.path.expanduser(replay) / game
+        known = GameConfig(game=game, data=str(folder), **values.get("game_settings", {}))
+        absent = [
+            file for file in replay_files(folder, known.data_checkpoints) if not file.exists()
+        ]
+        origin = "of gs://atari-replay-datasets/dqn, that game's 1/replay_logs"
+        if absent:
+            lacks[f"{len(absent)} files in {folder}, such as {absent[0].name} ({origin})"] = True
     extras = ("ale_py", "games", games), ("peft", "adapters", "adapters" in variants)
     for package, extra, needed in (*extras, ("datasets", "wikitext", reads)):
         text = f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')"
         lacks[text] = needed and importlib.util.find_spec(package) is None
     for hub in filter(None, (get_starting_point(name).hub for name in _starting_points(values))):
-        here = Path(hub).is_dir() or try_to_load_from_cache(hub, "config.json")
+        here = typed(hub).is_dir() or all(
+            isinstance(try_to_load_from_cache(hub, name), str)
+            for name in ("config.json", "model.safetensors")
+        )
         text = f"the weights {hub} (connect to the network once, or give their folder)"
         config = f"{constants.ENDPOINT}/{hub}/resolve/main/config.json"
         lacks[text] = not here and unreachable(config)
@@ -123,7 +137,7 @@ def to_be_pretrained(profile: str, values: dict) -> list:
     They learn in bfloat16 where the card or the processor multiplies it: three times as fast.
     """
     from dtlib.devices import choose_device, fast_precision
-    from dtlib.pretraining.training import PretrainConfig
+    from dtlib.pretraining.training import PretrainConfig, is_trial
 
     size = training(profile, values.get("overrides"))["size"]
     wanted = [(name, size) for name in _starting_points(values)]
@@ -138,9 +152,11 @@ def to_be_pretrained(profile: str, values: dict) -> list:
     for name, own in wanted:
         if (point := get_starting_point(name)).pretrained is None:
             continue
+        size, kind = pretrained_size(point.pretrained, own), point.pretrained
+        wanted_point = PretrainConfig(kind, size, tokens=point.tokens, precision=precision)
         try:
-            weights_folder(point, own, 0)
+            absent = is_trial(weights_folder(point, own, 0), wanted_point)
         except UserError:
-            own, kind = pretrained_size(point.pretrained, own), point.pretrained
-            found.append(PretrainConfig(kind, own, tokens=point.tokens, precision=precision))
+            absent = True
+        found += [wanted_point] * absent
     return found

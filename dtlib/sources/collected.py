@@ -12,7 +12,6 @@ from pathlib import Path
 import gymnasium
 import h5py
 import joblib
-import mujoco
 import numpy as np
 from safetensors.numpy import load_file
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from dtlib.errors import UserError
 from dtlib.parallel import in_processes
 from dtlib.sources.episodes import KEYS, fingerprint
 from dtlib.storage import atomic_write, cache_root, digest, locked
-from dtlib.tasks import Task
+from dtlib.tasks import Task, mujoco
 
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 POLICIES = Path(__file__).parents[1] / "policies"

@@ -82,7 +82,10 @@ def _read_checkpoint(folder: Path, checkpoint: int, limit: int | None) -> list[n
     if len(set(totals.values())) > 1:
         raise UserError(f"{folder}: different lengths, {totals}; get all files of one checkpoint.")
     added, _ = _read(folder, f"add_count_ckpt.{checkpoint}.gz")
-    filled = added.item() % totals.popitem()[1] or None
+    total = totals.popitem()[1]
+    if added.size != 1 or added.dtype.kind not in "iu" or total < 1:
+        raise UserError(f"{folder}: checkpoint {checkpoint} says not how full it is: get it anew.")
+    filled = added.item() % total or None
     return [column[:filled] for column in columns.values()]
 
 
