@@ -93,7 +93,7 @@ def read_config(folder: Path) -> dict:
         raise UserError(
             f"{folder} scales its attention unlike GPT-2 and ImageGPT: give another model."
         )
-    return config
+    return config | {name: value for name, value in found if name in config}
 
 
 def backbone(point: object, size: str, folder: Path | None, dropout: tuple) -> dict:
