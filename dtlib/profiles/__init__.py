@@ -109,10 +109,10 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
         from dtlib.wikipedia.replay import replay_files
 
         folder = repository() / os.path.expanduser(replay) / game
-        known = GameConfig(game=game, data=str(folder), **values.get("game_settings", {}))
-        absent = [
-            file for file in replay_files(folder, known.data_checkpoints) if not file.exists()
-        ]
+        chosen = values.get("game_settings", {"data_checkpoints": [0]})  # the fewest files
+        known = GameConfig(game=game, data=str(folder), **chosen)
+        needed = replay_files(folder, known.data_checkpoints)
+        absent = [file for file in needed if not file.is_file()]
         origin = "of gs://atari-replay-datasets/dqn, that game's 1/replay_logs"
         if absent:
             lacks[f"{len(absent)} files in {folder}, such as {absent[0].name} ({origin})"] = True
