@@ -9,6 +9,10 @@ from pydantic import ValidationError
 class UserError(Exception):
     """Something the user can put right; one sentence says what was wrong and what to do."""
 
+    def __str__(self) -> str:
+        """Return one line, whatever was quoted."""
+        return " ".join(super().__str__().split())
+
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback."""
         return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]

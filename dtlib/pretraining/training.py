@@ -175,7 +175,7 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{folder} is no whole starting point, or a file in it does not fit its config.json "
-            f"({' '.join(str(error).split())}): make it anew by `python -m dtlib pretrain`."
+            f"({error}): make it anew by `python -m dtlib pretrain`."
         ) from error
 
 
