@@ -106,7 +106,7 @@ def test_figures_passes_on_what_was_asked(call, monkeypatch):
     assert call("figures", "--figures", "elsewhere", "--plan").exit_code == 0
     assert asked[0] == ("smoke", ["00", "03"], texts, "figures", False)
     assert asked[1][0] == "laptop" and not asked[1][1]
-    assert asked[1][2:] == ([], "elsewhere", True)
+    assert asked[1][2:] == ([], str(Path.cwd() / "elsewhere"), True)
 
 
 def test_an_interrupt_says_how_to_go_on(call, monkeypatch):

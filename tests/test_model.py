@@ -309,7 +309,7 @@ def small_folder(path, change=lambda tensors: None, **config):
     ("change", "says"),
     [
         (lambda t: t.pop("transformer.h.1.ln_2.bias"), "h.1.ln_2.bias is missing"),
-        (lambda t: t.update(extra=torch.zeros(1)), "extra is unexpected"),
+        (lambda t: t.update({"h.0.extra": torch.zeros(1)}), "h.0.extra is unexpected"),
         (
             lambda t: t.update({"transformer.ln_f.weight": torch.zeros(3)}),
             "ln_f.weight has shape (3,)",
