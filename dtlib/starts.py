@@ -16,7 +16,7 @@ from dtlib.model import ARCHITECTURES, DecisionTransformer
 from dtlib.seeding import stream_seed
 from dtlib.storage import cache_root, typed
 from dtlib.tasks import Task
-from dtlib.weights import backbone, load_blocks, read_any_config, read_config
+from dtlib.weights import backbone, load_blocks, read_any_config
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,12 @@ def weights_folder(point: StartingPoint, size: str, seed: int) -> Path | None:
 def number_of_blocks(name: str, size: str, seed: int) -> int:
     """Return how many blocks a starting point has."""
     point = get_starting_point(name)
-    if point.hub is None:
+    if point.hub is None and point.wheel is None:
         return SIZES[pretrained_size(point.pretrained, size)][0]
-    return read_config(weights_folder(point, size, seed))["n_layer"]
+    shape = backbone(point, size, weights_folder(point, size, seed), (0.0, 0.0, 0.0))
+    if point.architecture == "causal":
+        return causal.causal_config(shape).num_hidden_layers
+    return shape["n_layer"]
 
 
 def build_model(
