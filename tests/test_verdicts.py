@@ -13,7 +13,7 @@ from dtlib.verdicts import decide, report
         ([-1.0, 1.0, 2.0], 0, "undecided"),
         ([1.0, 1.1, 1.2], 1, "undecided"),
         ([5.0, 5.1], 0, "undecided"),
-        ([np.nan, 1.0, 1.0], 0, "undecided"),
+        ([np.nan, 1.0, 1.0], 0, "not measured"),
     ],
 )
 def test_the_interval_decides(values, threshold, verdict):
