@@ -72,7 +72,7 @@ def unreachable(address: str) -> str:
 
 def _starting_points(values: dict) -> list[str]:
     """Names of the starting points in a notebook's parameters."""
-    roles = [values[role] for role in ("random", "language", "image") if role in values]
+    roles = [values[role] for role in ("random", "language", "image") if values.get(role)]
     lists = ("initialisations", "controls", "control_donors", "control_hosts")
     return roles + [name for key in lists for name in values.get(key, [])]
 
