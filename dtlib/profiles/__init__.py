@@ -1,7 +1,7 @@
 """Profiles: one notebook, several sizes. Each yml file in this folder is a profile.
 
 Its sections: ``base``, the profile whose values it replaces; ``needs``, what the machine must have
-("cuda"); ``training``, arguments of RunConfig; ``without_context``, what K = 1 changes in them;
+("cuda"); ``only``, the notebooks that it runs by default; ``training``, arguments of RunConfig; ``without_context``, what K = 1 changes in them;
 ``notebooks``, parameters of the notebooks, by name.
 """
 
@@ -31,7 +31,7 @@ def load_profile(name: str) -> dict:
     base = load_profile(own["base"]) if "base" in own else {}
     sections = ("training", "without_context", "notebooks")
     merged = {section: base.get(section, {}) | own.get(section, {}) for section in sections}
-    return {"needs": own.get("needs", base.get("needs", [])), **merged}
+    return merged | {name: own.get(name, base.get(name, [])) for name in ("needs", "only")}
 
 
 def settings(profile: str) -> dict:
@@ -120,6 +120,9 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
     for package, extra, needed in (*extras, ("datasets", "wikitext", reads)):
         text = f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')"
         lacks[text] = needed and importlib.util.find_spec(package) is None
+    for wheel in filter(None, (get_starting_point(name).wheel for name in _starting_points(values))):
+        text = f"the package {wheel} (make figures PROFILE=real installs it)"
+        lacks[text] = importlib.util.find_spec(wheel.replace("-", "_")) is None
     for hub in filter(None, (get_starting_point(name).hub for name in _starting_points(values))):
         here = typed(hub).is_dir() or all(
             isinstance(try_to_load_from_cache(hub, name), str)
