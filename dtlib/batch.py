@@ -22,6 +22,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from dtlib import profiles
+from dtlib.compare import compare
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
 from dtlib.settings import fit, parse_settings
@@ -192,6 +193,7 @@ def run(
         seconds[job.path.stem] = time.time() - began
     for name, value in {**seconds, "total": sum(seconds.values())}.items():
         print(f"{name:<32}{value:>9.1f} s")
+    print(compare(root / figures / profile))
     return seconds
 
 

@@ -71,10 +71,10 @@ def losses(hopper_file, device, context=20, precision="float32", steps=50):
 
 
 @pytest.mark.parametrize("context", [1, 20])
-def test_fifty_losses_are_the_cpus(hopper_file, context):
-    np.testing.assert_allclose(
-        losses(hopper_file, DEVICE, context), losses(hopper_file, "cpu", context), rtol=0.02
-    )
+def test_ten_losses_are_the_cpus(hopper_file, context):
+    """Seen on an H200: 3e-4 after 10 steps, 1e-2 after 15. At this rate rounding grows fast."""
+    card, cpu = (losses(hopper_file, device, context, steps=10) for device in (DEVICE, "cpu"))
+    np.testing.assert_allclose(card, cpu, rtol=1e-3)
 
 
 def test_bfloat16_follows_float32(hopper_file):

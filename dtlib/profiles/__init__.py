@@ -1,8 +1,9 @@
 """Profiles: one notebook, several sizes. Each yml file in this folder is a profile.
 
 Its sections: ``base``, the profile whose values it replaces; ``needs``, what the machine must have
-("cuda"); ``only``, the notebooks that it runs by default; ``training``, arguments of RunConfig; ``without_context``, what K = 1 changes in them;
-``notebooks``, parameters of the notebooks, by name.
+("cuda"); ``only``, the notebooks that it runs by default (absent: all); ``training``, arguments of
+RunConfig; ``without_context``, what K = 1 changes in them; ``notebooks``, parameters of the
+notebooks, by name.
 """
 
 import functools
@@ -120,7 +121,9 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
     for package, extra, needed in (*extras, ("datasets", "wikitext", reads)):
         text = f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')"
         lacks[text] = needed and importlib.util.find_spec(package) is None
-    for wheel in filter(None, (get_starting_point(name).wheel for name in _starting_points(values))):
+    for wheel in filter(
+        None, (get_starting_point(name).wheel for name in _starting_points(values))
+    ):
         text = f"the package {wheel} (make figures PROFILE=real installs it)"
         lacks[text] = importlib.util.find_spec(wheel.replace("-", "_")) is None
     for hub in filter(None, (get_starting_point(name).hub for name in _starting_points(values))):

@@ -1,0 +1,29 @@
+"""Verdicts of this machine beside the committed ones."""
+
+import json
+import subprocess
+
+from dtlib.compare import compare
+
+
+def results(effect, verdict):
+    about = {"task": "hopper", "claim": "Blocks move", "rule": "a − b", "measure": "corrected"}
+    found = {"effect": effect, "low": effect - 1, "high": effect + 1, "verdict": verdict}
+    return json.dumps({"verdicts": [about | found]})
+
+
+def test_changed_verdicts_are_named_with_both_effects(tmp_path):
+    """Unchanged: one line. Changed: both intervals; a shift of 3 half-intervals is said."""
+    path = tmp_path / "figures" / "laptop" / "03_x" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(results(2.0, "supported"))
+    assert "no verdicts" in compare(path.parents[1])
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert "1 of 1 verdicts are the committed ones" in compare(path.parents[1])
+    path.write_text(results(-1.0, "undecided"))
+    said = compare(path.parents[1])
+    assert "0 of 1" in said and "is 3 of its half-interval" in said
+    assert "committed: supported, 2.000 [1.000, 3.000]" in said
+    assert "here: undecided, -1.000 [-2.000, 0.000]" in said
