@@ -165,22 +165,24 @@ def test_the_guide_lists_all_notebooks_and_they_follow_its_order():
             assert after is None or re.search(rf"Next: \[[^]]*\]\({after}\)", text), name
 
 
-def found_cells(path):
-    """What stands in a notebook's cells of text that are tagged "found"."""
+def found_cells(path, tag):
+    """What stands in a notebook's cells of text with that tag."""
     everything = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in everything if "found" in cell["metadata"].get("tags", [])]
+    tagged = [cell for cell in everything if tag in cell["metadata"].get("tags", [])]
     return "".join("".join(cell["source"]) for cell in tagged)
 
 
-FOUND = [path for path in NOTEBOOKS if found_cells(path)]
+# "found" is about laptop, "found-gpu" about the profile gpu.
+TAGS = {"found": "laptop"} | {f"found-{name}": name for name in profiles.PROFILES}
+FOUND = [(path, tag) for path in NOTEBOOKS for tag in TAGS if found_cells(path, tag)]
 
 
-@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
-def test_what_was_found_is_what_was_recorded(path):
-    """The bold numbers of the text are the values under "found" in laptop's results, in order."""
-    results = repository() / "figures" / "laptop" / path.stem / "results.json"
+@pytest.mark.parametrize("path, tag", FOUND, ids=lambda one: getattr(one, "stem", one))
+def test_what_was_found_is_what_was_recorded(path, tag):
+    """The bold numbers of the text are the values under "found" in the results, in order."""
+    results = repository() / "figures" / TAGS[tag] / path.stem / "results.json"
     recorded = json.loads(results.read_text(encoding="utf-8"))["found"]
-    written = re.findall(r"\*\*([−\d][\d.,]*)\*\*", found_cells(path))
+    written = re.findall(r"\*\*([−\d][\d.,]*)\*\*", found_cells(path, tag))
     assert len(written) == len(recorded)
     for text, (name, value) in zip(written, recorded, strict=True):
         text = text.replace(",", "").replace("−", "-")
