@@ -24,6 +24,18 @@ def test_a_tensor_that_starts_at_zero_has_a_distance_but_no_angle_and_no_scale()
     assert np.isnan(shrunk["cosine"]) and shrunk["relative"] == 1.0
 
 
+def test_the_released_cosine_is_zero_where_a_tensor_starts_at_zero():
+    """Elsewhere it is the cosine up to the 10⁻⁶ in the denominator."""
+    draw = torch.Generator().manual_seed(0)
+    before, after = torch.randn(2, 40, generator=draw)
+    assert measure.released_cosine(torch.zeros(4), torch.ones(4)) == 0.0
+    ours = change(before, after)["cosine"]
+    assert measure.released_cosine(before, after) == pytest.approx(ours, rel=1e-6)
+    small = [1e-3 * v.double() for v in (before, after)]
+    norms = float(small[0].double().norm() * small[1].double().norm())
+    assert measure.released_cosine(*small) == pytest.approx(ours * norms / (norms + 1e-6), rel=1e-9)
+
+
 def test_what_each_measure_is_blind_to():
     draw = torch.Generator().manual_seed(0)
     before, step = (torch.randn(64, 96, generator=draw, dtype=torch.float64) for _ in range(2))
