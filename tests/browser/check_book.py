@@ -1,14 +1,14 @@
 """Open every page of the book in Chromium, from the file system and without a network.
 
-`python tests/browser/check_book.py [--shots FOLDER]` after `make book`. Needs playwright and a
-Chromium: playwright's own, or the one that CHROMIUM names. Ends with 1 and a list if anything
-is wrong: a console error, a failed request, a page that scrolls sideways, a picture without words,
-a serious finding of axe about accessibility.
+`python tests/browser/check_book.py [--shots FOLDER] [WORD]` after `make book`. Needs playwright and
+a Chromium: playwright's own, or the one that CHROMIUM names. Ends with 1 and a list if anything is
+wrong: a console error, a failed request, a page that scrolls sideways, a picture without words, a
+serious finding of axe about accessibility, a menu or a film that does nothing.
 """
 
+import argparse
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from axe_playwright_python.sync_playwright import Axe
@@ -43,7 +43,7 @@ def check(page: Page, path: Path, shots: Path | None) -> list[str]:
             found.append(f"{name}: scrolls sideways by {over} px at {width} px")
         if shots:
             page.screenshot(path=shots / f"{name.replace('/', '-')}-{width}.png")
-    for violation in Axe().run(page).response["violations"]:
+    for violation in Axe().run(page, options={"preload": False}).response["violations"]:
         if violation["impact"] in ("serious", "critical"):
             nodes = violation["nodes"]
             found.append(f"{name}: {violation['id']}, {len(nodes)} times: {nodes[0]['html'][:120]}")
@@ -83,24 +83,28 @@ def unmoved(page: Page) -> list[str]:
 
 
 def main() -> None:
-    """Check all pages, the search and the controls."""
-    shots = Path(sys.argv[2]) if sys.argv[1:2] == ["--shots"] else None
-    if shots:
-        shots.mkdir(parents=True, exist_ok=True)
+    """Check the pages whose names hold WORD, then the search and the controls."""
+    parser = argparse.ArgumentParser(description="Check the book in Chromium.")
+    parser.add_argument("word", nargs="?", default="", metavar="WORD")
+    parser.add_argument("--shots", type=Path, help="folder for pictures of the pages")
+    given = parser.parse_args()
+    if given.shots:
+        given.shots.mkdir(parents=True, exist_ok=True)
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    wrong = []
+    chosen, wrong = [page for page in pages() if given.word in str(page.relative_to(BOOK))], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         context = browser.new_context(offline=True)
         context.set_default_timeout(120_000)  # a busy machine
-        for path in pages():
+        for path in chosen:
             page = context.new_page()
-            wrong += check(page, path, shots)
+            wrong += check(page, path, given.shots)
             page.close()
+            print(f"{path.relative_to(BOOK)} ({len(wrong)} wrong so far)", flush=True)
         wrong += unmoved(context.new_page())
         wrong += search(context.new_page(), "attention distance", "07_attention_distance")
         browser.close()
-    print("\n".join(wrong) or f"{len(pages())} pages, the search and the controls work.")
+    print("\n".join(wrong) or f"{len(chosen)} pages, the search and the controls work.")
     raise SystemExit(bool(wrong))
 
 
