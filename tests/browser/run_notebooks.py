@@ -28,9 +28,10 @@ FOLDER = ROOT / "build/browser"
 MINUTES = 20  # for one notebook
 SHORTEST = 0.5  # seconds between two looks
 ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
-BUSY = (
-    "() => [...document.querySelectorAll('.jp-InputPrompt')].some(p => p.innerText.includes('*'))"
-)
+RAN = """() => {
+    const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
+    return document.querySelector('ERROR') || prompts.every(p => /[0-9]/.test(p.innerText))
+}""".replace("ERROR", ERROR)
 WIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output')]
     .filter(o => o.scrollWidth > o.clientWidth + 1 && !o.querySelector('table'))
     .map(o => o.innerText.slice(0, 60))"""
@@ -111,17 +112,18 @@ def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]
     page.on("console", lambda m: m.type == "error" and found.append(f"{name}: console: {m.text}"))
     page.goto(f"{address}/lab/tree/{path.name}?reset", wait_until="load")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
-    page.wait_for_timeout(3000)
+    page.wait_for_selector('[data-status="idle"]', timeout=120_000)  # the kernel is there
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_timeout(3000)
-    if not wait_until(lambda: not page.evaluate(BUSY), 60 * MINUTES):
+    if not wait_until(lambda: page.evaluate(RAN), 60 * MINUTES):
         found.append(f"{name}: not at its end after {MINUTES} minutes")
     errors = page.locator(ERROR)
     found += [f"{name}: {errors.nth(i).inner_text()[-300:]}" for i in range(errors.count())]
     found += [f"{name}: scrolls sideways: {text!r}" for text in page.evaluate(WIDE)]
     if not errors.count():
         boxes = page.locator(".widget-interact").all()
+        if "figures.explore(" in path.read_text(encoding="utf-8") and not boxes:
+            found.append(f"{name}: there are no controls")
         still = [i for i, box in enumerate(boxes) if not moves(box)]
         found += [f"{name}: control {i} does not change its picture" for i in still]
     if shots:
