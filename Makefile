@@ -31,9 +31,12 @@ format: .venv/installed
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-lab: .venv/installed
+lab: .venv/installed              # opens the reading group's guide, rendered
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[lab]'
-	.venv/bin/python -m jupyterlab notebooks
+	mkdir -p .venv/share/jupyter/lab/settings
+	echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}' \
+		> .venv/share/jupyter/lab/settings/overrides.json
+	.venv/bin/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/README.md
 
 book: .venv/installed             # build/book/index.html: everything, to read without running
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[book]'

@@ -254,7 +254,8 @@ def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
 
 
 def _is_shown(output: NotebookNode) -> bool:
-    return output.get("name") != "stderr"
+    widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return output.get("name") != "stderr" and not widget
 
 
 def _small(output: NotebookNode) -> NotebookNode:

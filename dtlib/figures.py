@@ -166,6 +166,7 @@ def small_multiples(
         last = wide.iloc[-1].unstack("initialisation")
         dots(row[-1], {name: last[[name, against]] for name in shown}, against)
         row[-1].yaxis.tick_right()
+        row[-1].locator_params(axis="x", nbins=3)
         row[0].set_ylabel(label)
     for ax, name in zip(axes[0], shown, strict=False):
         ax.set_title(name, fontsize=8, color=look(name)["color"])

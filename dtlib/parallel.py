@@ -16,9 +16,9 @@ import joblib
 import torch
 from filelock import FileLock, Timeout
 from joblib.externals.loky import get_reusable_executor
-from tqdm import tqdm
 
 from dtlib.errors import UserError
+from dtlib.progress import tqdm
 
 
 def run_all(

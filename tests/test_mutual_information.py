@@ -228,3 +228,14 @@ def test_ksg_equals_its_definition():
     assert without_critics.ksg(
         torch.tensor(x)[None], torch.tensor(y)[None]
     ).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_bounds_of_given_scores():
+    """By the formulas, written out term by term."""
+    scores = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    odds = scores.exp()
+    info_nce = sum(torch.log(odds[i, i] / odds[i].mean()) for i in range(5)) / 5
+    assert without_critics.info_nce_bound(scores).item() == pytest.approx(info_nce.item())
+    assert without_critics.info_nce_bound(1e3 * torch.eye(5)).item() == pytest.approx(math.log(5))
+    mine = scores[0].mean() - torch.log(odds[1].mean())
+    assert without_critics.mine_bound(scores[0], scores[1]).item() == pytest.approx(mine.item())

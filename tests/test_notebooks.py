@@ -137,6 +137,8 @@ def test_is_committed_clean_and_short(path):
         lines = "".join(cell["source"]).splitlines()
         assert not cell["outputs"] and cell["execution_count"] is None
         limit = 40 if "parameters" in cell["metadata"].get("tags", []) else 25
+        if any(tag.startswith("figure-") for tag in cell["metadata"].get("tags", [])):
+            limit = 8  # how a figure is drawn stands in a function
         assert len(lines) <= limit, "\n".join(lines)
         assert all(len(line) <= 100 for line in lines), "\n".join(lines)
 
@@ -160,7 +162,7 @@ def test_the_guide_lists_all_notebooks_and_they_follow_its_order():
     for before, name, after in zip([None, *order], order, [*order[1:], None], strict=False):
         cells = json.loads((GUIDE.parent / name).read_text(encoding="utf-8"))["cells"]
         texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-        for text in (texts[0], texts[-1]) if any("Guide]" in text for text in texts) else ():
+        for text in (texts[0], texts[-1]):
             assert before is None or re.search(rf"Before: \[[^]]*\]\({before}\)", text), name
             assert after is None or re.search(rf"Next: \[[^]]*\]\({after}\)", text), name
 
@@ -183,7 +185,7 @@ def test_what_was_found_is_what_was_recorded(path, tag):
     results = repository() / "figures" / TAGS[tag] / path.stem / "results.json"
     recorded = json.loads(results.read_text(encoding="utf-8"))["found"]
     written = re.findall(r"\*\*([−\d][\d.,]*)\*\*", found_cells(path, tag))
-    assert len(written) == len(recorded)
+    assert len(written) == len(recorded) > 0
     for text, (name, value) in zip(written, recorded, strict=True):
         text = text.replace(",", "").replace("−", "-")
         digits = len(text.partition(".")[2])

@@ -15,10 +15,10 @@ import numpy as np
 import tokenizers
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
-from tqdm import tqdm
 
 from dtlib.errors import UserError
 from dtlib.pretraining.corpus import HELD_OUT, Corpus, count_within
+from dtlib.progress import tqdm
 from dtlib.storage import (
     cache_root,
     digest,

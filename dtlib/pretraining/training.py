@@ -19,7 +19,6 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from dtlib import storage
 from dtlib.config import SIZES, VALUES, Count, NotNegative, Positive, Whole
@@ -30,6 +29,7 @@ from dtlib.pretraining.corpus import Corpus, count_within
 from dtlib.pretraining.images import image
 from dtlib.pretraining.language import language
 from dtlib.pretraining.synthetic import synthetic
+from dtlib.progress import tqdm
 from dtlib.seeding import stream_seed
 from dtlib.train import refuse_divergence
 from dtlib.weights import read_config, read_weights

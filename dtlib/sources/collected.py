@@ -14,10 +14,10 @@ import h5py
 import joblib
 import numpy as np
 from safetensors.numpy import load_file
-from tqdm import tqdm
 
 from dtlib.errors import UserError
 from dtlib.parallel import in_processes
+from dtlib.progress import tqdm
 from dtlib.sources.episodes import KEYS, fingerprint
 from dtlib.storage import atomic_write, cache_root, digest, locked
 from dtlib.tasks import Task, mujoco

@@ -7,9 +7,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pooch
-from tqdm import tqdm
 
 from dtlib.errors import UserError
+from dtlib.progress import tqdm
 from dtlib.sources.collected import QUALITIES
 from dtlib.sources.episodes import KEYS, fingerprint
 from dtlib.storage import digest, locked, sweep, temporary_name, typed, write_text, writing

@@ -17,7 +17,6 @@ import torch
 from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dtlib import storage
 from dtlib.build import draw
@@ -28,6 +27,7 @@ from dtlib.errors import checked
 from dtlib.evaluate import Episodes
 from dtlib.model import DecisionTransformer
 from dtlib.parallel import one_thread
+from dtlib.progress import tqdm
 from dtlib.records import weights_digest
 from dtlib.seeding import stream_seed
 from dtlib.starts import build_model, get_starting_point

@@ -11,10 +11,10 @@ import ale_py
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dtlib.data import Trajectories, Windows, WindowSampler
 from dtlib.errors import UserError
+from dtlib.progress import tqdm
 from dtlib.sources.collected import POLICIES
 from dtlib.storage import atomic_write, cache_root, digest, growing, seal
 from dtlib.wikipedia.emulator import STACK, Game, lockstep, pong_actions
