@@ -24,20 +24,26 @@ LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def notebooks() -> list[Path]:
-    """Return the notebooks in the order of the guide, and in that of their names without one."""
-    guide, folder = ROOT / "notebooks/README.md", ROOT / "notebooks"
-    text = guide.read_text(encoding="utf-8") if guide.exists() else ""
-    order = dict.fromkeys(re.findall(r"\]\((\w+)\.ipynb\)", text))
-    known = sorted(path.stem for path in folder.glob("*.ipynb"))
-    names = [name for name in order if name in known]
-    return [folder / f"{name}.ipynb" for name in dict.fromkeys([*names, *known])]
+    """Return the notebooks in the order of the guide, then those that it does not name.
+
+    After a notebook follow the names NAME--PROFILE.ipynb for its results at other profiles.
+    """
+    folder = ROOT / "notebooks"
+    guide = (folder / "README.md").read_text(encoding="utf-8")
+    order = re.findall(r"\]\((\w+)\.ipynb\)", guide)
+    found, known = [], sorted(path.stem for path in folder.glob("*.ipynb"))
+    for name in dict.fromkeys([*order, *known]):
+        sets = sorted((ROOT / "figures").glob(f"*/{name}/executed.ipynb"))
+        profiles = [path.parts[-3] for path in sets]
+        others = [profile for profile in profiles if profile not in (PROFILE, "smoke", "mine")]
+        found += [name, *(f"{name}--{profile}" for profile in others)]
+    return [folder / f"{name}.ipynb" for name in found]
 
 
 def pages() -> dict[str, list[Path]]:
     """Return the pages of the book, part by part, in the order of reading."""
-    guide = ROOT / "notebooks/README.md"
     return {
-        "The questions": [*([guide] if guide.exists() else []), *notebooks()],
+        "The questions": [ROOT / "notebooks/README.md", *notebooks()],
         "The answers": [ROOT / "figures/README.md", *sorted(DOCS.glob("see-*.md"))],
         "For you": [*sorted(DOCS.glob("how-*.md")), ROOT / "benchmarks/README.md"],
         "The code": [DOCS / "core.md"],
@@ -90,16 +96,20 @@ def with_links(text: str, source: Path, known: set[Path]) -> str:
     return LINK.sub(replace, text)
 
 
-def with_results(path: Path) -> nbformat.NotebookNode:
+def with_results(page: Path) -> nbformat.NotebookNode:
     """Return a notebook with the outputs kept for it, code folded except the measures.
 
     A caption below each figure links its numbers. Says in a note what is missing or stale.
     """
-    today = nbformat.read(path, as_version=4)
-    kept, outputs = ROOT / "figures" / PROFILE / path.stem / "executed.ipynb", {}
+    name, _, other = page.stem.partition("--")
+    today, profile = nbformat.read(page.with_stem(name), as_version=4), other or PROFILE
+    kept, outputs = ROOT / "figures" / profile / name / "executed.ipynb", {}
     if kept.exists():
         executed = nbformat.read(kept, as_version=4).cells
         outputs = {(c.id, c.source): c.outputs for c in executed if c.cell_type == "code"}
+    if other:
+        title, newline, rest = today.cells[0].source.partition("\n")
+        today.cells[0].source = f"{title} (profile {other}){newline}{rest}"
     code = [cell for cell in today.cells if cell.cell_type == "code"]
     stale = [cell for cell in code if (cell.id, cell.source) not in outputs]
     cells = []
@@ -112,8 +122,8 @@ def with_results(path: Path) -> nbformat.NotebookNode:
         missing = "No results of this notebook are kept for"
         if len(stale) < len(code):
             missing = "Some results are absent, as the notebook changed after it was run at"
-        command = f"make figures PROFILE={PROFILE} NOTEBOOKS={path.stem}"
-        text = f"{missing} the profile `{PROFILE}`. They are made by `{command}`."
+        command = f"make figures PROFILE={profile} NOTEBOOKS={name}"
+        text = f"{missing} the profile `{profile}`. They are made by `{command}`."
         cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{note}}\n{text}\n:::"))
     today.cells = cells
     return today
@@ -139,8 +149,9 @@ def finish(cell: nbformat.NotebookNode, folder: Path) -> list[nbformat.NotebookN
             if (folder / f"{name}.{end}").exists()
         ]
         if links:
-            text = f"(figure-{folder.name}-{name})=\n*{name}*: {', '.join(links)}. "
-            captions.append(nbformat.v4.new_markdown_cell(text + "The code is folded above."))
+            label = f"(figure-{folder.parent.name}-{folder.name}-{name})=\n"
+            text = f"{label}*{name}*: {', '.join(links)}. The code is folded above."
+            captions.append(nbformat.v4.new_markdown_cell(text))
     return captions
 
 
