@@ -95,8 +95,11 @@ def moves(box: Locator) -> bool:
             return True
         handle.press("ArrowLeft")  # it stood at its right end
     else:
-        choice = box.locator("select").first
-        choice.select_option(index=choice.locator("option").count() - 1)
+        for choice in box.locator("select").all():
+            if (number := choice.locator("option").count()) > 1:
+                chosen = choice.evaluate("choice => choice.selectedIndex")
+                choice.select_option(index=(chosen + 1) % number)
+                break
     return wait_until(lambda: pictures_of(box) != before, 15)
 
 
