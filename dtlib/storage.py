@@ -9,6 +9,7 @@ import os
 import platform
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -132,10 +133,10 @@ def temporary_name(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[str]:
-    """Yield a folder that is gone afterwards, or after ``kill -9`` when the cache is next swept."""
-    folder = temporary_name(cache_root())
-    with writing(folder):
-        folder.mkdir(parents=True)
+    """Yield a folder that is gone afterwards; after ``kill -9``, when this is next called."""
+    folder = temporary_name(Path(tempfile.gettempdir()))
+    sweep(folder.parent.glob(".writing-*"))
+    folder.mkdir(mode=0o700)
     try:
         yield str(folder)
     finally:

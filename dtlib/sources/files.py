@@ -1,5 +1,6 @@
 """Data from elsewhere: HDF5 files in D4RL's layout, D4RL's own files, and Minari's data sets."""
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pooch
+import requests
 
 from dtlib.errors import UserError
 from dtlib.progress import tqdm
@@ -104,7 +106,7 @@ def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
     path = d4rl_path(task, quality)
     known = path.with_suffix(".sha256")
     if not path.exists() or (not known.exists() and os.access(path.parent, os.W_OK)):
-        with locked(path), writing(path):  # another process may have been quicker
+        with locked(path):  # another process may have been quicker
             if not path.exists():
                 _download(path, progress)
             if not known.exists():
@@ -123,8 +125,14 @@ def _download(path: Path, progress: bool) -> None:
     sweep(path.parent.glob(".writing-*"))
     arrived = temporary_name(path.parent)
     fetch = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 20, timeout=60)
+    secure = D4RL_ADDRESS.replace("http:", "https:")  # not every server has it
     try:
-        pooch.retrieve(D4RL_ADDRESS + path.name, None, arrived.name, path.parent, downloader=fetch)
+        for address in (secure, D4RL_ADDRESS):
+            unreachable = [requests.ConnectionError] * (address == secure)
+            with contextlib.suppress(*unreachable), writing(path):
+                address += path.name
+                pooch.retrieve(address, None, arrived.name, path.parent, downloader=fetch)
+                break
         if not h5py.is_hdf5(arrived):
             raise ConnectionError("what the server sent is not HDF5")
         arrived.replace(path)
