@@ -28,22 +28,14 @@ def first_error_below(steps: np.ndarray, errors: np.ndarray, level: float) -> tu
     return float(np.interp(-np.log(level), -np.log(errors[around]), steps[around])), True
 
 
-def survival(times: np.ndarray, reached: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return Kaplan and Meier's share of runs that are not there yet: steps, shares, from 0 and 1.
+def median_time(times: np.ndarray, reached: np.ndarray) -> tuple[float, float, float]:
+    """Return Kaplan and Meier's median time and its 95 % interval (Brookmeyer and Crowley 1982).
 
     ``times`` and ``reached`` (runs,) are what the functions above give for runs of one starting
-    point. A share holds until the next step.
+    point. It is inf where the curve, or a bound of its log-log band, stays above one half.
     """
-    curve = _not_there_yet(times, reached)
-    return np.append(0.0, curve.quantiles), np.append(1.0, curve.probabilities)
-
-
-def median_time(times: np.ndarray, reached: np.ndarray) -> tuple[float, float, float]:
-    """Return the survival curve's median and its 95 % interval (Brookmeyer and Crowley 1982).
-
-    It is inf where the curve, or a bound of its log-log band, stays above one half.
-    """
-    curve = _not_there_yet(times, reached)
+    censored = ~np.asarray(reached, bool)
+    curve = stats.ecdf(stats.CensoredData.right_censored(np.asarray(times, float), censored)).sf
     with warnings.catch_warnings():
         # The band is undefined (NaN) where none or all are there, and scipy warns of it.
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -53,8 +45,3 @@ def median_time(times: np.ndarray, reached: np.ndarray) -> tuple[float, float, f
         half = np.append(np.where(np.isnan(shares), plain, shares) <= 0.5, True).argmax()
         found.append(float(np.append(curve.quantiles, np.inf)[half]))
     return tuple(found)
-
-
-def _not_there_yet(times: np.ndarray, reached: np.ndarray) -> object:
-    censored = ~np.asarray(reached, bool)
-    return stats.ecdf(stats.CensoredData.right_censored(np.asarray(times, float), censored)).sf
