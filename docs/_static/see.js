@@ -126,3 +126,13 @@ document.addEventListener("DOMContentLoaded", () => {
   });
   document.querySelectorAll(".film-gallery").forEach(films);
 });
+
+// What scrolls sideways can be reached and scrolled with the keyboard.
+function reachable() {
+  document.querySelectorAll("table, pre, .cell_output, mjx-container").forEach(box => {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    else if (!box.matches("mjx-container")) box.removeAttribute("tabindex");
+  });
+}
+window.addEventListener("load", reachable);
+window.addEventListener("resize", reachable);
