@@ -27,11 +27,9 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/browser"
 MINUTES = 20  # for one notebook
 SHORTEST = 0.5  # seconds between two looks
-ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
-RAN = """() => {
-    const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
-    return document.querySelector('ERROR') || prompts.every(p => /[0-9]/.test(p.innerText))
-}""".replace("ERROR", ERROR)
+STDERR = '[data-mime-type="application/vnd.jupyter.stderr"]'  # of errors, too
+PROMPTS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
+    .map(p => p.innerText)"""
 WIDE = """() => [...document.querySelectorAll('.jp-OutputArea-output')]
     .filter(o => o.scrollWidth > o.clientWidth + 1 && !o.querySelector('table'))
     .map(o => o.innerText.slice(0, 60))"""
@@ -108,6 +106,17 @@ def pictures_of(box: Locator) -> list[str]:
     return box.locator("img").evaluate_all("all => all.map(i => i.src)")
 
 
+def ran(page: Page) -> bool:
+    """Return whether each cell has the number of its execution."""
+    return all(any(c.isdigit() for c in prompt) for prompt in page.evaluate(PROMPTS))
+
+
+def ended(page: Page) -> bool:
+    """Return whether cells were executed and none is at work or waits; the last may have failed."""
+    prompts = "".join(page.evaluate(PROMPTS))
+    return any(c.isdigit() for c in prompts) and "*" not in prompts
+
+
 def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]:
     """Return what is wrong with one notebook."""
     name, found, began = path.stem, [], time.monotonic()
@@ -118,12 +127,13 @@ def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]
     page.wait_for_selector('[data-status="idle"]', timeout=120_000)  # the kernel is there
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    if not wait_until(lambda: page.evaluate(RAN), 60 * MINUTES):
+    if not wait_until(lambda: ended(page), 60 * MINUTES):
         found.append(f"{name}: not at its end after {MINUTES} minutes")
-    errors = page.locator(ERROR)
-    found += [f"{name}: {errors.nth(i).inner_text()[-300:]}" for i in range(errors.count())]
+    said = page.locator(STDERR).all_inner_texts()
+    if not ran(page) or any("Traceback" in text for text in said):
+        found.append(f"{name}: not every cell ran: {''.join(said)[-300:]}")
     found += [f"{name}: scrolls sideways: {text!r}" for text in page.evaluate(WIDE)]
-    if not errors.count():
+    if ran(page):
         boxes = page.locator(".widget-interact").all()
         if "figures.explore(" in path.read_text(encoding="utf-8") and not boxes:
             found.append(f"{name}: there are no controls")
