@@ -71,8 +71,9 @@ def causal_config(values: dict) -> PretrainedConfig:
     kind = values.get("model_type")
     if kind not in CAUSAL:
         raise UserError(
-            f"A {kind!r} model is no causal language model of transformers: give one of GPT-2, "
-            "ImageGPT, Llama, GPT-NeoX, Qwen, Gemma or another that predicts the next token."
+            f"config.json: a {kind!r:.60} model is no causal language model of transformers; "
+            "give one of GPT-2, ImageGPT, Llama, GPT-NeoX, Qwen, Gemma or another that predicts "
+            "the next token."
         )
     words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     kept = {key: values[key] for key in values.keys() - {"model_type", "quantization_config"}}
