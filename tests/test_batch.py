@@ -212,7 +212,7 @@ def test_profiles_are_written_on_their_base():
     assert profiles.training("paper")["size"] == "gpt2"
     for name in profiles.PROFILES:
         text = (Path(profiles.__file__).parent / f"{name}.yml").read_text()
-        sections = {"base", "needs", "training", "without_context", "notebooks"}
+        sections = {"base", "needs", "only", "training", "without_context", "notebooks"}
         assert yaml.safe_load(text).keys() <= sections
 
 

@@ -52,7 +52,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
         (["figures", "9"], "Unknown notebook '9': the notebooks are 00_first."),
         (
             ["figures", "--set", "epoch=1"],
-            "Unknown parameter 'epoch': the parameters are batch_siz",
+            "Unknown parameter 'epoch': the parameters are action_head",
         ),
         (
             ["figures", "--set", "steps=1e-4"],

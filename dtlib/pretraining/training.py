@@ -228,6 +228,8 @@ def pretrain(
         if partial and not (partial / storage.SEAL).exists():  # else only the rename is missing
             with one_thread(device):  # the same rounding on any number of cores
                 _train(config, partial, record, device, on_steps)
+        elif on_steps is not None:
+            on_steps(config.steps)
     return folder
 
 

@@ -101,9 +101,9 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
     no_card = "cuda" in own["needs"] and not torch.cuda.is_available()
     lacks = {"a CUDA device that torch can use": no_card and "overrides" in values}
     trained = training(profile, values.get("overrides"))
-    slow = trained["precision"] != fast_precision(choose_device())
-    text = "hardware that multiplies bfloat16 (set precision=float32: three times as slow)"
-    lacks[text] = slow and trained["precision"] == "bfloat16" and "overrides" in values
+    slow = trained["precision"] == "bfloat16" and choose_device() == "cpu"
+    text = "a processor that multiplies bfloat16 (set precision=float32: three times as slow)"
+    lacks[text] = slow and "overrides" in values and fast_precision("cpu") == "float32"
     kind, _, quality = trained["dataset"].partition(":")
     for task in values.get("tasks", []) if kind == "d4rl" else []:
         path = files.d4rl_path(get_task(task), quality)
