@@ -49,29 +49,27 @@ def menus(table: pd.DataFrame, *names: str, all_of: bool = False) -> dict[str, l
     return {name: [*first, *table[name].astype(str).unique()] for name in names}
 
 
+def lines(table: pd.DataFrame, choice: str, x: str, measures: list[str]) -> dict | None:
+    """Return what draws ``measures`` along ``x``, for a choice of setting, ``choice`` and seed."""
+    if table.empty:
+        return None
+    table = table.assign(setting=table.profile + ", " + table.task)
+    names = ["setting", choice, "initialisation", "seed", x, *measures]
+    chosen = menus(table, "setting", choice) | menus(table, "seed", all_of=True)
+    return {"rows": rows(table, names), "menus": chosen, "x": x, "measures": measures}
+
+
 def curves() -> dict | None:
     """Return the learning curves of notebook 05, which has both K."""
     table = pd.concat([read("05_*/learning_curves*.csv"), read("05_*/controls*.csv")])
-    if table.empty:
-        return None
     table = table.rename(columns={"arm": "context"})
-    table["setting"] = table.profile + ", " + table.task
-    names = ["setting", "context", "initialisation", "seed", "step", "action_error", "return"]
-    given = {"rows": rows(table, names), "menus": menus(table, "setting", "context")}
-    given["menus"] |= menus(table, "seed", all_of=True)
-    return given | {"x": "step", "measures": ["action_error", "return"]}
+    return lines(table, "context", "step", ["action_error", "return"])
 
 
 def changes() -> dict | None:
     """Return how far every tensor moved, from notebook 03."""
     table = read("03_*/every_tensor*.csv")
-    if table.empty:
-        return None
-    table["setting"] = table.profile + ", " + table.task
-    names = ["setting", "kind", "initialisation", "seed", "block", "relative", "distance", "cosine"]
-    given = {"rows": rows(table, names), "menus": menus(table, "setting", "kind")}
-    given["menus"] |= menus(table, "seed", all_of=True)
-    return given | {"x": "block", "measures": ["relative", "distance", "cosine"]}
+    return lines(table, "kind", "block", ["relative", "distance", "cosine"])
 
 
 def attention() -> dict | None:
@@ -121,10 +119,10 @@ def gallery() -> str:
 
 def filled(page: Path, text: str) -> str:
     """Return the text of a page docs/see-*.md with what stands in the place of its last line."""
-    lines = {"kind": "lines", "colours": {name: to_hex(c) for name, c in COLOURS.items()}}
+    drawn = {"kind": "lines", "colours": {name: to_hex(c) for name, c in COLOURS.items()}}
     kinds = {
-        "see-curves": (curves, lines),
-        "see-change": (changes, lines),
+        "see-curves": (curves, drawn),
+        "see-change": (changes, drawn),
         "see-attention": (attention, {"kind": "maps"}),
         "see-verdicts": (judged, {"kind": "verdicts"}),
     }

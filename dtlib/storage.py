@@ -50,6 +50,11 @@ def repository() -> Path:
     )
 
 
+def memory() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that every number depends on."""
     names = ("torch", "transformers", "gymnasium", "mujoco", "numpy")

@@ -1,7 +1,6 @@
 """Weights files in transformers' layout: which are read, what must fit, and what is left out."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,7 @@ from dtlib.causal import SMOLLM2
 from dtlib.config import SIZES
 from dtlib.errors import UserError
 from dtlib.model import ARCHITECTURES, DecisionTransformer
-from dtlib.storage import damaged, read_tensors
+from dtlib.storage import damaged, memory, read_tensors
 
 # What a weights file may hold beyond the blocks: tables and heads, and causal masks in old files.
 LEFT_OUT = r"(?!(h|ln_f)\.).*|h\.\d+\.attn\.(masked_)?bias"
@@ -78,10 +77,9 @@ def read_config(folder: Path) -> dict:
             raise ValueError(f"n_embd={found.n_embd} is not divisible by n_head={found.n_head}")
         inner = found.n_inner or 4 * found.n_embd
         size = 4 * found.n_layer * found.n_embd * (4 * found.n_embd + 2 * inner)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if size > memory:
+        if size > memory():
             raise ValueError(
-                f"its blocks take {size / 1e9:.0f} GB, this machine has {memory / 1e9:.0f}"
+                f"its blocks take {size / 1e9:.0f} GB, this machine has {memory() / 1e9:.0f}"
             )
     except ValueError as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None

@@ -126,12 +126,11 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
     for package, extra, needed in (*extras, ("datasets", "wikitext", reads)):
         text = f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')"
         lacks[text] = needed and importlib.util.find_spec(package) is None
-    for wheel in filter(
-        None, (get_starting_point(name).wheel for name in _starting_points(values))
-    ):
+    points = [get_starting_point(name) for name in _starting_points(values)]
+    for wheel in filter(None, (point.wheel for point in points)):
         text = f"the package {wheel} (make figures PROFILE=real installs it)"
         lacks[text] = importlib.util.find_spec(wheel.replace("-", "_")) is None
-    for hub in filter(None, (get_starting_point(name).hub for name in _starting_points(values))):
+    for hub in filter(None, (point.hub for point in points)):
         here = typed(hub).is_dir() or all(
             isinstance(try_to_load_from_cache(hub, name), str)
             for name in ("config.json", "model.safetensors")

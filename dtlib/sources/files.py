@@ -14,7 +14,7 @@ from dtlib.errors import UserError
 from dtlib.progress import tqdm
 from dtlib.sources.collected import QUALITIES
 from dtlib.sources.episodes import KEYS, fingerprint
-from dtlib.storage import digest, locked, sweep, temporary_name, typed, write_text, writing
+from dtlib.storage import digest, locked, memory, sweep, temporary_name, typed, write_text, writing
 from dtlib.tasks import Task
 
 D4RL_ADDRESS = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
@@ -58,8 +58,7 @@ def _read_array(path: Path, file: h5py.File, key: str, link: object) -> np.ndarr
     inside = isinstance(link, h5py.HardLink)
     if not inside or (array := file[key]).external or array.is_virtual:
         raise UserError(f"{path}: {key} lies in another file, which is not read: copy it into one.")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if array.nbytes > memory:
+    if array.nbytes > memory():
         size = f"{array.nbytes / 1e9:,.0f} GB, more than this machine's memory"
         raise UserError(f"{path}: {key} takes {size}: take a smaller data set.")
     settings = array.id.get_create_plist()
