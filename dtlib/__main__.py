@@ -198,10 +198,9 @@ def doctor() -> None:
         typer.echo(f"{'[OK]' if works else '[FAIL]':<7}{label}: {detail}{note}")
 
     line("Python", "", True, f"{sys.version.split()[0]} at {sys.executable}")
-    environment = {"MUJOCO_GL": "egl" if sys.platform == "linux" else "glfw", **os.environ}
     for label, needed_by, code in PROBES:  # in processes of their own, which may crash
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True)
         said = (done.stderr if done.returncode else done.stdout).strip()
         said = said or f"the process ended with status {done.returncode}"
         line(label, needed_by, done.returncode == 0, said.splitlines()[-1])

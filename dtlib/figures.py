@@ -240,7 +240,6 @@ def render(task: Task, states: np.ndarray, pixels: int = 160) -> list[np.ndarray
 
     Where this machine cannot draw off screen there are no frames, and a sentence says so.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
     try:
         env = task.make_environment(render_mode="rgb_array", height=pixels, width=pixels)
         env.reset(seed=0)

@@ -1,6 +1,5 @@
 """Films of one episode: the robot, the step, and the return that is still asked for."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +67,6 @@ def play(task: Task, choose: Choose, seed: int, pictures: bool = True) -> Iterat
     ``seed`` decides the first state: the same one for everybody who acts. After a fall come some
     pictures more, in which nobody acts and the step no longer counts.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a display
     look = {"render_mode": "rgb_array", "height": SIDE, "width": SIDE, "camera_name": "track"}
     environment = task.make_environment(**look if pictures else {})
     (state, _), gained, idle = environment.reset(seed=seed), 0.0, np.zeros(task.action_dim)

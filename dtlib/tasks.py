@@ -1,6 +1,7 @@
 """The tasks: environment, shapes, target returns and normalised scores."""
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -45,6 +46,8 @@ class Task:
 
     def make_environment(self, **options: object) -> gymnasium.Env:
         """Return the environment, cut at the horizon. ``options`` go to ``gymnasium.make``."""
+        if "render_mode" in options:  # draws without a display
+            os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium warns that -v4 is old
             return gymnasium.make(
