@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import symtable
 import sys
@@ -231,6 +232,9 @@ def execute(job: Job, root: Path, folder: Path) -> None:
             raise UserError(f"Notebook {name} stopped: {reason}.") from error
     executed = to_read(nbformat.read(copy, as_version=4), root)
     executed.metadata["dtlib"] = {"profile": job.values["profile"], "notebook": name}
+    for cell in executed.cells:
+        if cell.cell_type == "markdown":
+            cell.source = with_links(cell.source, job.path.parent, folder)
     write_text(folder / "executed.ipynb", nbformat.writes(executed) + "\n")
     copy.unlink()
 
@@ -251,6 +255,19 @@ def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
             cell.outputs = [_small(output) for output in cell.outputs if _is_shown(output)]
     text = nbformat.writes(notebook).replace(str(cache_root()), "CACHE")
     return nbformat.reads(text.replace(f"{root}/", ""), as_version=4)
+
+
+def with_links(text: str, before: Path, after: Path) -> str:
+    """Return Markdown written for folder ``before`` whose links lead there from ``after``, too.
+
+    Links and pictures that name an existing file by a relative path are changed, nothing else.
+    """
+
+    def lead(found: re.Match) -> str:
+        target = before / found[0]
+        return Path(os.path.relpath(target, after)).as_posix() if target.exists() else found[0]
+
+    return re.sub(r"(?<=\]\()(?!\w+:)[^)#\s]+", lead, text)
 
 
 def _is_shown(output: NotebookNode) -> bool:

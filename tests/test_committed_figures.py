@@ -1,11 +1,13 @@
 """Committed figures come from today's notebooks, and each names the cell that draws it."""
 
 import json
+import runpy
 import subprocess
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dtlib.batch import find
 from dtlib.figures import notebook_hash
@@ -78,3 +80,36 @@ def test_the_notebook_to_read_is_the_one_of_today(folder):
     assert read == today, f"{path} is stale: run `{command}` and commit it"
     for machine in ("/home/", "/Users/", "/root/", "/tmp/"):
         assert machine not in nbformat.writes(executed), f"{path} names a folder of one machine"
+
+
+def test_text_is_refreshed_and_nothing_else(tmp_path):
+    """New, changed and absent Markdown follows the notebook; links still lead to the same files."""
+    refreshed = runpy.run_path(str(ROOT / "scripts/refresh_prose.py"))["refreshed"]
+    home, folder = tmp_path / "notebooks", tmp_path / "figures/laptop/00_first"
+    home.mkdir()
+    folder.mkdir(parents=True)
+    (folder / "a.png").touch()
+    about = [{"id": "p", "metadata": {"tags": ["parameters"]}}, {"id": "c", "metadata": {}}]
+    today = new_notebook(
+        cells=[
+            new_code_cell("seeds = [0]", **about[0]),
+            new_markdown_cell("![a](../figures/laptop/00_first/a.png) [b](absent.md)", id="new"),
+            new_code_cell("1 + 1", **about[1]),
+            new_markdown_cell("today", id="old"),
+        ]
+    )
+    shown = new_code_cell("1 + 1", **about[1], execution_count=2)
+    parts = [
+        new_code_cell("seeds = [0]", **about[0]),
+        new_code_cell("seeds = [1]", id="i", metadata={"tags": ["injected-parameters"]}),
+        new_markdown_cell("no more", id="gone"),
+        shown,
+        new_markdown_cell("before", id="old"),
+    ]
+    copy = new_notebook(cells=parts)
+    assert refreshed(copy, today, home, folder)
+    assert [cell.id for cell in copy.cells] == ["p", "i", "new", "c", "old"]
+    assert copy.cells[2].source == "![a](a.png) [b](absent.md)" and copy.cells[4].source == "today"
+    assert copy.cells[3] == shown
+    today.cells[2].source = "1 + 2"
+    assert not refreshed(copy, today, home, folder) and copy.cells[4].source == "today"
