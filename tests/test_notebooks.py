@@ -167,6 +167,17 @@ def test_the_guide_lists_all_notebooks_and_they_follow_its_order():
             assert after is None or re.search(rf"Next: \[[^]]*\]\({after}\)", text), name
 
 
+def test_a_notebook_asks_the_guides_question():
+    """Word for word, before its results."""
+    rows = re.findall(
+        r"^\| \d+ \| \[[^]]*\]\((\w+)\.ipynb\).*\| ([^|]+) \|$", GUIDE.read_text("utf-8"), re.M
+    )
+    assert len(rows) == len(NOTEBOOKS)
+    for name, question in rows:
+        first = json.loads((GUIDE.parent / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]
+        assert f"**Before you look:** {question}" in "".join(first["source"]), name
+
+
 def found_cells(path, tag):
     """What stands in a notebook's cells of text with that tag."""
     everything = json.loads(path.read_text(encoding="utf-8"))["cells"]
