@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from dtlib.batch import find
+from dtlib.batch import find, with_links
 from dtlib.figures import notebook_hash
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,10 @@ def code_cells(notebook):
     path = ROOT / "notebooks" / f"{notebook}.ipynb"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def is_text(cell):
+    return cell.cell_type == "markdown"
 
 
 def test_there_are_committed_figures():
@@ -64,6 +68,18 @@ def test_names_the_cell_that_draws_each_figure(folder):
         assert tags.count(entry["cell"]) == 1, f"{notebook} has no cell {entry['cell']!r} ({name})"
         for suffix in ("pdf", "csv"):
             assert (ROOT / folder / f"{name}.{suffix}").is_file(), f"{name}.{suffix}"
+
+
+@pytest.mark.parametrize("folder", committed())
+def test_the_text_to_read_is_the_one_of_today(folder):
+    """GitHub shows the executed copy: its words are the notebook's, its links lead to the same."""
+    home, name = ROOT / "notebooks", Path(folder).name
+    texts = [
+        [cell.source for cell in nbformat.read(path, as_version=4).cells if is_text(cell)]
+        for path in (ROOT / folder / "executed.ipynb", home / f"{name}.ipynb")
+    ]
+    today = [with_links(text, home, ROOT / folder) for text in texts[1]]
+    assert texts[0] == today, f"{folder} is stale: run `python scripts/refresh_prose.py`, commit it"
 
 
 @pytest.mark.parametrize("folder", committed())
