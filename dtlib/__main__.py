@@ -72,12 +72,14 @@ def figures(
     figures: str = typer.Option("", help="Folder; default: figures, in the repository."),
     settings: list[str] = SETTINGS,
     plan: bool = typer.Option(False, "--plan", help="Say what it would cost, and stop."),
+    scheduler: str = typer.Option("", envvar="DTLIB_SCHEDULER", help="Dask's, tcp://HOST:PORT."),
+    slurm: str = typer.Option("", help="""Start Slurm jobs: '{"jobs": 4, "queue": "gpu", …}'."""),
 ) -> None:
     """Run the notebooks; write figures and their numbers into FIGURES/PROFILE/NOTEBOOK."""
     from dtlib import batch, storage
 
     figures = str(storage.typed(figures)) if figures else "figures"
-    batch.run(profile, notebooks, settings or [], figures, plan)
+    batch.run(profile, notebooks, settings or [], figures, plan, scheduler, slurm)
 
 
 @app.command()
@@ -157,11 +159,14 @@ def data(
 @app.command()
 def runs(
     name: str = typer.Argument("", help="Part of a run's name: shows settings and learning curve."),
+    running: bool = typer.Option(False, "--running", help="List the unfinished ones."),
 ) -> None:
     """List the finished runs, or show some."""
-    from dtlib.records import runs_root
+    from dtlib.records import runs_root, unfinished
     from dtlib.runs import Run
 
+    if running:
+        return typer.echo("\n".join(unfinished()) or f"No unfinished run in {runs_root()}.")
     found = sorted(folder for folder in runs_root().glob("[!.]*/") if name in folder.name)
     typer.echo(f"{len(found)} finished runs in {runs_root()}")
     for folder in found:

@@ -13,10 +13,12 @@ import symtable
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+import joblib
 import nbformat
 from ipykernel.kernelspec import write_kernel_spec
 from nbformat import NotebookNode
@@ -154,48 +156,104 @@ def run(
     settings: dict | Iterable[str] = (),
     figures: str = "figures",
     only_plan: bool = False,
+    scheduler: str = "",
+    slurm: str = "",
 ) -> dict[str, float]:
     """Run ``notebooks`` (numbers or names; default all) into ``figures``; return their seconds.
 
     First pre-trains the models that they need. Prints a plan for profiles that take hours, and
-    does no more with ``only_plan``. Raises UserError.
+    does no more with ``only_plan``. With ``scheduler`` or ``slurm`` (see cluster.connected) all
+    runs are trained there first, and notebooks then run side by side here. Raises UserError.
     """
     sweep_cache()
-    root, seconds = repository(), {}
+    root, elsewhere = repository(), scheduler or slurm
+    settings = settings if isinstance(settings, dict) else list(settings)
     jobs = plan(root / "notebooks", profile, notebooks, settings)
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
+    lacks = [text for text in lacks if not (elsewhere and text == profiles.NO_CARD)]
     if lacks and not only_plan:
         lacks = "; ".join(dict.fromkeys(lacks))
         raise UserError(f"The {profile} profile cannot run here; it lacks: {lacks}.")
     points = {p: None for job in jobs for p in profiles.to_be_pretrained(profile, job.values)}
     if only_plan or profile not in ("smoke", "laptop"):
-        from dtlib import planning  # slow to import
-
-        asked, unknown = {}, []
-        for job in jobs:
-            try:
-                asked |= dict.fromkeys(asked_for(job.path, job.values))
-            except UserError as error:
-                if not (lacks or points):  # a wrong value, not a file that comes later
-                    raise
-                unknown.append(f"Not counted: the runs of {job.path.stem} ({error})")
-        print("\n".join([planning.describe(profile, list(asked), list(points)), *unknown]))
+        print(_costs(profile, jobs, list(points), bool(lacks)))
     if only_plan:
-        return seconds
-    if points:
-        from dtlib.pretraining.training import pretrain_all
+        return {}
+    with contextlib.ExitStack() as stack:
+        if elsewhere:
+            from dtlib import cluster  # needs Dask
 
-        print(f"Pre-training first: {', '.join(point.name for point in points)}.")
-        pretrain_all(sorted(points, key=lambda point: -point.steps * point.batch_size))
-    for job in jobs:
-        began, folder = time.time(), root / figures / profile / job.path.stem
-        execute(job, root, folder)
-        list_figures(job.path, folder, began)
-        seconds[job.path.stem] = time.time() - began
+            stack.enter_context(cluster.connected(scheduler, slurm))
+        if points:
+            from dtlib.pretraining.training import pretrain_all
+
+            print(f"Pre-training first: {', '.join(point.name for point in points)}.")
+            pretrain_all(sorted(points, key=lambda point: -point.steps * point.batch_size))
+        if elsewhere and len(jobs) > 1:
+            seconds = _side_by_side(jobs, root / figures, settings)
+        else:
+            seconds = {job.path.stem: _run_one(job, root / figures) for job in jobs}
     for name, value in {**seconds, "total": sum(seconds.values())}.items():
         print(f"{name:<32}{value:>9.1f} s")
     print(compare(root / figures / profile))
     return seconds
+
+
+def _costs(profile: str, jobs: list[Job], points: list, lacking: bool) -> str:
+    """Say what the jobs cost. Unless files come later, a wrong value raises UserError."""
+    from dtlib import planning  # slow to import
+
+    asked, unknown = {}, []
+    for job in jobs:
+        try:
+            asked |= dict.fromkeys(asked_for(job.path, job.values))
+        except UserError as error:
+            if not (lacking or points):
+                raise
+            unknown.append(f"Not counted: the runs of {job.path.stem} ({error})")
+    return "\n".join([planning.describe(profile, list(asked), points), *unknown])
+
+
+def _run_one(job: Job, figures: Path) -> float:
+    """Execute a notebook, list its figures; return the seconds it took."""
+    began, folder = time.time(), figures / job.values["profile"] / job.path.stem
+    execute(job, job.path.parents[1], folder)
+    list_figures(job.path, folder, began)
+    return time.time() - began
+
+
+def _side_by_side(
+    jobs: list[Job], figures: Path, settings: dict | Iterable[str]
+) -> dict[str, float]:
+    """Train all runs of the jobs; then run notebooks at once, each by a command of its own.
+
+    Notebooks whose metadata say "after others" come last. Raises UserError.
+    """
+    from dtlib.runs import fine_tuned  # slow to import
+
+    fine_tuned([config for job in jobs for config in asked_for(job.path, job.values)])
+    texts = [f"{k}={v}" for k, v in settings.items()] if isinstance(settings, dict) else settings
+    options = ["--figures", str(figures), *(f"--set={text}" for text in texts)]
+
+    def run_one(job: Job) -> float:
+        began, options_here = time.time(), ["--profile", job.values["profile"], *options]
+        command = [sys.executable, "-m", "dtlib", "figures", job.path.stem, *options_here]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=job.path.parents[1])
+        if done.returncode:
+            raise UserError(done.stderr.strip().split("Error: ")[-1])
+        print(f"{job.path.stem} is done.", flush=True)
+        return time.time() - began
+
+    last = [job for job in jobs if _about(job.path).get("after others")]
+    first = [job for job in jobs if job not in last]
+    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
+        seconds = [*pool.map(run_one, first), *pool.map(run_one, last)]
+    return {job.path.stem: one for job, one in zip([*first, *last], seconds, strict=True)}
+
+
+def _about(path: Path) -> dict:
+    """Return what a notebook's metadata say to the batch."""
+    return nbformat.read(path, as_version=4).metadata.get("dtlib", {})
 
 
 def execute(job: Job, root: Path, folder: Path) -> None:
@@ -296,7 +354,7 @@ def list_figures(path: Path, folder: Path, began: float) -> None:
     figure that belongs to no cell tagged "figure-<name>".
     """
     notebook = nbformat.read(path, as_version=4)
-    promised = notebook.metadata.get("dtlib", {}).get("figures", [])
+    promised = _about(path).get("figures", [])
     files = [folder / f"{name}.{end}" for name in promised for end in ("png", "pdf", "csv")]
     for file in [*files, folder / "results.json"]:
         if not file.exists() or file.stat().st_mtime < began:

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from joblib.externals.loky import get_reusable_executor
 
+from dtlib.devices import choose_device
 from dtlib.errors import UserError
 from dtlib.progress import tqdm
 
@@ -34,8 +35,14 @@ def run_all(
     """Return ``job(item, device, on_steps)`` of each item, in order: one a core or a card at once.
 
     A progress bar of ``total`` counts what jobs give to ``on_steps``. With one of ``processes``, or
-    one item, all happens in this process. Raises UserError when a worker is killed.
+    one item, all happens in this process. Where DTLIB_SCHEDULER names a Dask scheduler, its workers
+    do it on their devices. Raises UserError for an absent device and when a worker is killed.
     """
+    if items and "DTLIB_SCHEDULER" in os.environ:
+        from dtlib import cluster  # needs Dask
+
+        return cluster.run_all(job, items, description)
+    device = choose_device(device)
     number = min(processes or joblib.effective_n_jobs(-1), len(items))
     if device == "cuda":
         number = min(number, torch.cuda.device_count())

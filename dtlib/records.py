@@ -1,5 +1,6 @@
 """Where runs lie, what their names cover, and run.json, which a finished run writes."""
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -7,13 +8,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 
 from dtlib.build import Parts
 from dtlib.config import RETIRED, RunConfig
 from dtlib.pretraining.language import text_files
 from dtlib.sources.files import data_files
 from dtlib.starts import get_starting_point, pretrained_size, weights_folder
-from dtlib.storage import cache_root, digest, typed, versions, write_text
+from dtlib.storage import cache_root, digest, sweep_cache, typed, versions, write_text
 from dtlib.tasks import get_task
 from dtlib.weights import is_usual, weights_files
 from dtlib.wikipedia.losses import corpus_of
@@ -29,6 +31,24 @@ def runs_root() -> Path:
 def run_folder(config: RunConfig) -> Path:
     """Return the folder of a run, which exists once the run is finished."""
     return runs_root() / config.name(digests(config))
+
+
+def unfinished() -> list[str]:
+    """Return a line for each unfinished run: whether it runs or was interrupted, and how far it is.
+
+    A run that runs holds its lock. An interrupted one goes on when it is asked for again.
+    """
+    sweep_cache()  # removes the locks of processes that died
+    lines = []
+    for folder in sorted(runs_root().glob(".partial/*/")):
+        step, state = 0, folder / "resume.safetensors"
+        with contextlib.suppress(OSError, SafetensorError), safe_open(state, "pt") as file:
+            step = json.loads(file.metadata()["progress"])["metrics"][-1]["step"]
+        runs = folder.with_name(f"{folder.name}.lock").exists()
+        lines.append(
+            f"{folder.name}   {'running' if runs else 'interrupted'}, saved at step {step}"
+        )
+    return lines
 
 
 def digests(config: RunConfig) -> dict[str, str]:

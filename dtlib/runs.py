@@ -13,7 +13,6 @@ from dtlib import storage
 from dtlib.build import Parts, build, draw_rows, load_data
 from dtlib.config import RunConfig
 from dtlib.controls import swap_block
-from dtlib.devices import choose_device
 from dtlib.errors import UserError
 from dtlib.evaluate import rollout
 from dtlib.model import DecisionTransformer
@@ -109,11 +108,11 @@ def fine_tuned(
 ) -> list[Run]:
     """Return the finished runs of ``configs``, in order. Missing ones are trained, several at once.
 
-    Each takes one core or card. Ctrl-C leaves every run resumable from its last finished epoch.
-    Raises UserError if the device is absent, the data cannot be loaded, a training diverges, or a
-    finished run learnt from other data.
+    Each takes one core or card, or one of Dask's workers (see parallel.run_all). Ctrl-C leaves
+    every run resumable from its last finished epoch. Raises UserError if the device is absent, the
+    data cannot be loaded, a training diverges, or a finished run learnt from other data.
     """
-    device, prints = choose_device(device), {}
+    prints = {}
     for config in configs:  # collected or downloaded once: names depend on it
         fetch_weights(config)
         if (key := _data_of(config)) not in prints:

@@ -4,7 +4,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import textwrap
+import threading
+import time
 from unittest.mock import patch
 
 import matplotlib.pyplot as plt
@@ -21,7 +27,7 @@ from dtlib.errors import UserError
 from dtlib.pretraining.training import pretrain_all
 from dtlib.records import runs_root
 from dtlib.starts import STARTING_POINTS
-from dtlib.storage import repository
+from dtlib.storage import cache_root, repository
 
 NOTEBOOKS = sorted((repository() / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -108,6 +114,59 @@ def test_runs_and_repeats_itself(path, figures, capfd):
     assert numbers[0] == numbers[1] and len(numbers[0]) > 1
     assert trained[0] == trained[1]
     capfd.readouterr()  # progress bars
+
+
+def kill_a_worker_at_work(logs, done, killed):
+    """Kill the first worker that has saved an epoch of a run and has not finished it."""
+    while not done.wait(0.01):
+        for state in (logs.parent / "runs/.partial").glob("*/resume.safetensors"):
+            with contextlib.suppress(OSError, IndexError, ProcessLookupError):
+                log = (logs / f"{state.parent.name}.log").read_text(encoding="utf-8")
+                if "is done" not in log:
+                    os.kill(int(re.findall("process ([0-9]+)", log)[-1]), signal.SIGKILL)
+                    killed.append(state.parent.name)
+                    return
+
+
+@pytest.fixture
+def three_workers(tmp_path, monkeypatch):
+    """The address of a real scheduler with three worker processes and a new cache."""
+    pytest.importorskip("distributed")
+    shutil.copytree(cache_root() / "data", tmp_path / "cache/data")
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path / "cache"))
+    about, quiet = tmp_path / "scheduler.json", {"stdout": -3, "stderr": -3}
+    dask = [sys.executable, "-m", "dask"]
+    worker = [*dask, "worker", "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    commands = [[*dask, "scheduler", "--port", "0", "--no-dashboard"], worker, worker, worker]
+    commands = [[*command, "--scheduler-file", str(about)] for command in commands]
+    started = [subprocess.Popen(command, cwd=tmp_path, **quiet) for command in commands]
+    while not about.exists():
+        time.sleep(0.1)
+    yield json.loads(about.read_text())["address"]
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_workers_of_a_cluster_give_the_same_bytes_though_one_is_killed(
+    figures, three_workers, tmp_path, capfd
+):
+    names, done, killed = ["00_sanity_check", "05_no_context"], threading.Event(), []
+    logs = tmp_path / "cache/logs"
+    thread = threading.Thread(target=kill_a_worker_at_work, args=(logs, done, killed))
+    thread.start()
+    try:
+        with patch.dict(os.environ, LOKY_MAX_CPU_COUNT="2"):  # notebooks side by side
+            batch.run("smoke", names, figures=str(tmp_path), scheduler=three_workers)
+    finally:
+        done.set()
+        thread.join()
+    assert len(killed) == 1
+    assert (logs / f"{killed[0]}.log").read_text().count("begins") == 2
+    for name in names:
+        for local in (figures / "first/smoke" / name).glob("*.csv"):
+            assert (tmp_path / "smoke" / name / local.name).read_bytes() == local.read_bytes()
+    capfd.readouterr()
 
 
 def test_notebooks_share_their_settings():

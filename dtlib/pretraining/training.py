@@ -199,7 +199,7 @@ def pretrain_all(configs: list[PretrainConfig], device: str = "auto") -> list[Pa
         configs,
         total=sum(config.steps for config in configs),
         description=f"pre-training {len(configs)} starting points",
-        device=choose_device(device),
+        device=device,
     )
 
 

@@ -21,6 +21,7 @@ from dtlib.starts import get_starting_point, pretrained_name, pretrained_size, w
 
 PROFILES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yml")))
 HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
+NO_CARD = "a CUDA device that torch can use"
 READ_TEXT = {"co-training", "both losses", "random, both losses"}  # variants of paper B's model
 
 
@@ -99,7 +100,7 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
     from_hub = not corpus and get_starting_point(values.get("language", "language")).hub
     reads = READ_TEXT & {*variants} and ("wikitext" in corpus or from_hub)
     no_card = "cuda" in own["needs"] and not torch.cuda.is_available()
-    lacks = {"a CUDA device that torch can use": no_card and "overrides" in values}
+    lacks = {NO_CARD: no_card and "overrides" in values}
     trained = training(profile, values.get("overrides"))
     slow = trained["precision"] == "bfloat16" and choose_device() == "cpu"
     text = "a processor that multiplies bfloat16 (set precision=float32: three times as slow)"

@@ -1,0 +1,251 @@
+"""Runs on many machines: Dask gives each one to a worker, and all of them share DTLIB_CACHE.
+
+Dask's own interface is used and not joblib's backend for it, which does not say which run is at
+work or failed, and gives up all runs with the first error.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import platform
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dtlib.config import RunConfig
+from dtlib.devices import choose_device
+from dtlib.errors import UserError
+from dtlib.progress import tqdm
+from dtlib.records import run_folder
+from dtlib.storage import cache_root, digest, locked, temporary_name, versions
+
+try:
+    import dask
+    from distributed import Client
+    from distributed.scheduler import KilledWorker
+except ImportError as error:
+    needs = "Work on other machines needs Dask: pip install -e '.[cluster]' here and on them."
+    raise UserError(needs) from error
+
+ADDRESS = "DTLIB_SCHEDULER"  # in the environment: the scheduler that runs go to
+AGAIN = "give the same command again: finished runs and epochs are kept"
+TRIES = 20  # workers that a run may lose; it goes on from its last epoch with each
+
+
+@contextlib.contextmanager
+def connected(scheduler: str, slurm: str = "") -> Iterator[None]:
+    """Send all runs inside the ``with`` to ``scheduler``, or to Slurm jobs that are started here.
+
+    ``slurm`` is JSON: "jobs" (their number) and arguments of dask_jobqueue.SLURMCluster. Waits for
+    a first worker and checks all that are there. Raises UserError.
+    """
+    with contextlib.ExitStack() as stack:
+        if slurm:
+            scheduler = stack.enter_context(_slurm_jobs(slurm)).scheduler_address
+        client = stack.enter_context(_client(scheduler))
+        print(f"Runs go to {scheduler}; what its workers do: {client.dashboard_link}", flush=True)
+        _wait_for_a_worker(client)
+        check_workers(client)
+        stack.callback(os.environ.pop, ADDRESS, None)
+        os.environ[ADDRESS] = scheduler
+        yield
+
+
+def _slurm_jobs(text: str) -> object:
+    """Return a scheduler in this process that keeps Slurm jobs with one worker a core running."""
+    from dask_jobqueue import SLURMCluster
+
+    cache = f"export DTLIB_CACHE={str(cache_root())!r}"
+    options = {"cores": 1, "memory": "4GB", "job_script_prologue": [cache]}
+    try:
+        options |= json.loads(text)
+        jobs = options.pop("jobs", 1)
+        dask.config.set({"distributed.scheduler.allowed-failures": TRIES})
+        cluster = SLURMCluster(**{"processes": options["cores"]} | options)
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # a job that ends is started again
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--slurm {text}: {error}; expected JSON with jobs and arguments of SLURMCluster, as "
+            """'{"jobs": 4, "queue": "gpu", "walltime": "04:00:00"}'."""
+        ) from error
+    return cluster
+
+
+def _client(scheduler: str) -> Client:
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # run_all says what is wrong
+    try:
+        return Client(scheduler, timeout=10, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"No Dask scheduler answers at {scheduler!r} ({error}): start one with `dask "
+            "scheduler`, which prints an address such as tcp://10.0.0.1:8786."
+        ) from error
+
+
+def _wait_for_a_worker(client: Client) -> None:
+    if not client.nthreads():
+        print("Waiting for the first worker.", flush=True)
+    while not client.nthreads():
+        time.sleep(0.5)
+
+
+def about(device: str = "auto") -> dict[str, str]:
+    """Return what must be the same on all workers, for their results to be of one kind."""
+    return {"dtlib": _sources(), "Python": platform.python_version(), **versions()} | {
+        "device": choose_device(device)
+    }
+
+
+@functools.cache
+def _sources() -> str:
+    return digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
+
+
+def _look(token: str) -> dict:
+    """Return what this worker is: its versions, its processor, whether it has the cache's lock."""
+    found = {"about": about(), "card": os.environ.get("CUDA_VISIBLE_DEVICES"), "token": ""}
+    path = cache_root() / token
+    with contextlib.suppress(OSError):
+        found["token"] = path.read_text(encoding="utf-8")
+        try:
+            with FileLock(f"{path}.lock").acquire(timeout=0):
+                found["locks"] = False
+        except Timeout:
+            found["locks"] = True
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found["processor"] = next(line for line in lines if line.startswith("model name"))
+    return found | {"host": socket.gethostname(), "cache": str(cache_root())}
+
+
+def check_workers(client: Client) -> None:
+    """Raise UserError unless every worker fits: one thread, our cache, our versions, its own card.
+
+    Says where results of different processors would differ, and where locks reach one machine only.
+    """
+    for address, threads in client.nthreads().items():
+        if threads > 1:
+            raise UserError(
+                f"Worker {address} has {threads} threads, and a run needs a process: start it with "
+                f"--nthreads 1 --nworkers {threads}."
+            )
+    path = temporary_name(cache_root())
+    with locked(path):
+        path.write_text(path.name, encoding="utf-8")
+        try:
+            found = client.run(_look, path.name)
+        finally:
+            path.unlink()
+    first, cards = next(iter(found.values()))["about"], set()
+    ours = about("cpu") | {"device": first["device"]}  # a node that only submits may have no card
+    for address, seen in found.items():
+        if seen["token"] != path.name:
+            raise UserError(
+                f"Worker {address} on {seen['host']} does not see the cache {cache_root()}; it has "
+                f"{seen['cache']}: set DTLIB_CACHE there to this folder, on a shared disk."
+            )
+        check_same(seen["about"], ours, address)
+        card = (seen["host"], seen["card"])
+        if first["device"] == "cuda" and card in cards:
+            raise UserError(
+                f"Two workers on {seen['host']} use the same card (CUDA_VISIBLE_DEVICES="
+                f"{seen['card']}): start each with a card of its own."
+            )
+        cards.add(card)
+    if not all(seen["locks"] for seen in found.values()):
+        print("Locks of this cache stay on one machine: start no second command on it meanwhile.")
+    if len({seen.get("processor") for seen in found.values()}) > 1:
+        print("Workers have different processors: their results differ in the last digits.")
+
+
+def check_same(theirs: dict, ours: dict, worker: str) -> None:
+    """Raise UserError where a worker has other versions, another ``dtlib`` or another device."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise UserError(
+                f"Worker {worker} has {name} {theirs.get(name)}, expected {value}: install there "
+                "what is here, and restart it; results of both would be mixed."
+            )
+
+
+def run_all(job: Callable, items: list, description: str) -> list:
+    """Return ``job(item, device, on_steps)`` of each item, in order, computed by workers.
+
+    The bar says how many runs are at work and how many failed. A worker that dies or reaches its
+    walltime loses its run to another one. All others end before an error is raised.
+    """
+    with _client(os.environ[ADDRESS]) as client:
+        _wait_for_a_worker(client)
+        device = client.submit(choose_device, pure=False).result()
+        expected = about("cpu") | {"device": device}
+        futures = [
+            client.submit(_task, job, item, expected, name, key=f"{name}-{time.time_ns()}")
+            for item in items
+            for name in [name_of(item)]
+        ]
+        with tqdm(total=len(items), desc=description, unit="run") as bar:
+            while bar.n < len(items):
+                time.sleep(0.2)
+                states = [future.status for future in futures]
+                bar.update(len(items) - states.count("pending") - bar.n)
+                if client.status == "running":
+                    busy = sum(map(bool, client.processing().values()))
+                    bar.set_postfix_str(f"{busy} running, {states.count('error')} failed")
+        os.listdir(cache_root())  # a network disk may remember what was absent before
+        return _results(futures, items)
+
+
+def name_of(item: object) -> str:
+    """Return the name of a run, or of a starting point to be pre-trained."""
+    return run_folder(item).name if isinstance(item, RunConfig) else item.name
+
+
+def _results(futures: list, items: list) -> list:
+    """Return the results. Raises the first error, and UserError if the scheduler is gone."""
+    ended = {name_of(item): future for item, future in zip(items, futures, strict=True)}
+    if any(future.status in ("cancelled", "lost") for future in futures):
+        text = f"The scheduler at {os.environ[ADDRESS]} is gone: start it and its workers, then"
+        raise UserError(f"{text} {AGAIN}.")
+    failed = [name for name, future in ended.items() if future.status == "error"]
+    for name in failed:
+        error, log = ended[name].exception(), cache_root() / "logs" / f"{name}.log"
+        print(f"{len(failed)} of {len(items)} failed, first {name}: see {log}.", flush=True)
+        if isinstance(error, KilledWorker):
+            text = f"Each of several workers that got {name} died, perhaps for lack of memory"
+            raise UserError(f"{text}: {AGAIN}.") from error
+        raise error
+    return [future.result() for future in futures]
+
+
+def _task(job: Callable, item: object, expected: dict, name: str) -> object:
+    """Run one job on a worker; write what happens into the cache's logs/NAME.log."""
+    check_same(about(), expected, socket.gethostname())
+    (cache_root() / "logs").mkdir(parents=True, exist_ok=True)
+    with open(cache_root() / "logs" / f"{name}.log", "a", encoding="utf-8") as file:
+        done, said = 0, time.monotonic()
+
+        def say(text: str) -> None:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=file, flush=True)
+
+        def on_steps(steps: int) -> None:
+            nonlocal done, said
+            done += steps
+            if time.monotonic() - said > 10:
+                say(f"{done} steps")
+                said = time.monotonic()
+
+        say(f"begins on {socket.gethostname()}, process {os.getpid()}")
+        try:
+            with contextlib.redirect_stdout(file):
+                result = job(item, expected["device"], on_steps)
+        except BaseException:
+            say(traceback.format_exc())
+            raise
+        say(f"is done, {done} steps")
+        return result
