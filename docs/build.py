@@ -45,7 +45,11 @@ def pages() -> dict[str, list[Path]]:
     return {
         "The questions": [ROOT / "notebooks/README.md", *notebooks()],
         "The answers": [ROOT / "figures/README.md", *sorted(DOCS.glob("see-*.md"))],
-        "For you": [*sorted(DOCS.glob("how-*.md")), ROOT / "benchmarks/README.md"],
+        "For you": [
+            *sorted(DOCS.glob("how-*.md")),
+            DOCS / "many-machines.md",
+            ROOT / "benchmarks/README.md",
+        ],
         "The code": [DOCS / "core.md"],
     }
 
