@@ -104,9 +104,12 @@ def test_figures_passes_on_what_was_asked(call, monkeypatch):
     options = ["--profile", "smoke", "--set", texts[0], "--set", texts[1]]
     assert call("figures", "00", "03", *options).exit_code == 0
     assert call("figures", "--figures", "elsewhere", "--plan").exit_code == 0
-    assert asked[0] == ("smoke", ["00", "03"], texts, "figures", False)
+    jobs = '{"jobs": 2}'
+    assert call("figures", "--scheduler", "tcp://a:1", "--slurm", jobs).exit_code == 0
+    assert asked[0] == ("smoke", ["00", "03"], texts, "figures", False, "", "")
     assert asked[1][0] == "laptop" and not asked[1][1]
-    assert asked[1][2:] == ([], str(Path.cwd() / "elsewhere"), True)
+    assert asked[1][2:5] == ([], str(Path.cwd() / "elsewhere"), True)
+    assert asked[2][5:] == ("tcp://a:1", jobs)
 
 
 def test_an_interrupt_says_how_to_go_on(call, monkeypatch):

@@ -85,6 +85,7 @@ def test_items_are_taken_as_processes_become_free():
 
 
 def test_more_processes_than_cards_are_not_started(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
     def job(item, device, on_steps):
@@ -97,6 +98,7 @@ def test_more_processes_than_cards_are_not_started(monkeypatch):
 def test_every_card_has_one_job_at_a_time(monkeypatch):
     """In threads, as there are no cards here: another backend that a user can choose."""
     chosen, busy = threading.local(), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda card: setattr(chosen, "card", card))
 
