@@ -63,6 +63,7 @@ def _slurm_jobs(text: str) -> object:
 
     cache = f"export DTLIB_CACHE={str(cache_root())!r}"
     options = {"cores": 1, "memory": "4GB", "job_script_prologue": [cache]}
+    options["log_directory"] = str(cache_root() / "logs")
     try:
         options |= json.loads(text)
         jobs = options.pop("jobs", 1)
