@@ -1,13 +1,13 @@
 """Damage and interrupt everything, with a seed, and count what goes wrong.
 
-Run from the repository's root: python tests/campaign/run.py --seed 0 (an hour on two cores), or a
-part of it: --parts values config --tries 50. Prints a table; the exit status is 1 unless every
-count is 0:
+Run from the repository's root: python tests/campaign/run.py --seed 0 (ten minutes on a core), or a
+part of it: --parts values kills --tries 50 --moments 5. Prints a table; the exit status is 1 unless
+every count is 0:
 
     traceback   an error other than UserError
     hang        no answer within 60 seconds
     silent      another result than the undamaged one's, under the same name and without a word
-    left        temporary files or locks that the next start does not remove
+    left        files that an undisturbed process does not leave, and the next start does not remove
 """
 
 import argparse
@@ -19,16 +19,19 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
+import nbformat
 import numpy as np
 import torch
 
-from dtlib import config, data, records, runs, settings, starts, storage
+from dtlib import batch, config, data, records, runs, settings, starts, storage
 from dtlib.errors import UserError
 from dtlib.pretraining import training
 from dtlib.sources import collected
@@ -94,9 +97,9 @@ def mutants(path, tries, chance, read, same):
     whole, counts = path.read_bytes(), collections.Counter()
     expected = read()
     for _ in range(tries):
-        path.write_bytes(mutated(whole, chance))
-        if path.read_bytes() == whole:
-            continue
+        while (damaged := mutated(whole, chance)) == whole:
+            pass
+        path.write_bytes(damaged)
         end, found = within(60, read)
         if end == "ok" and not same(found, expected):
             end = "silent"
@@ -243,22 +246,40 @@ def pretraining():
     return storage.digest(made / "model.safetensors")
 
 
+FIRST = """import pandas as pd
+from dtlib.figures import Output, plt
+output, (figure, ax) = Output(profile, "00_first"), plt.subplots()
+ax.plot([0, 1])
+output.save(figure, "a", output.remembered("a", lambda: pd.DataFrame({"a": [1.5]})))
+output.record({"a": 1})"""
+
+
+def without_kernel(notebook, output, values, **_):
+    """Execute a notebook here, where it can be killed at each moment, as papermill does."""
+    for cell in notebook.cells[1:]:
+        exec(cell.source, dict(values))
+    nbformat.write(notebook, output)
+
+
 def figures():
-    import pandas as pd
-
-    from dtlib.figures import Output, plt
-
-    os.environ["DTLIB_FIGURES"] = os.environ["DTLIB_CACHE"] + "/figures"
-    output, (figure, ax) = Output("smoke", "00_sanity_check"), plt.subplots()
-    ax.plot([0, 1])
-    output.save(figure, "a", pd.DataFrame({"a": [1.5]}))
-    output.record({"a": 1})
-    return {path.name: storage.digest(path) for path in output.folder.glob("[!.]*")}
+    new, root = nbformat.v4, Path(os.environ["DTLIB_CACHE"], "repository")
+    parameters = new.new_code_cell('profile = ""', id="a", metadata={"tags": ["parameters"]})
+    cells = [parameters, new.new_code_cell(FIRST, id="b", metadata={"tags": ["figure-a"]})]
+    notebook = new.new_notebook(cells=cells, metadata={"dtlib": {"figures": ["a"]}})
+    (root / "notebooks").mkdir(parents=True, exist_ok=True)
+    (root / "pyproject.toml").touch()
+    nbformat.write(notebook, root / "notebooks" / "00_first.ipynb")
+    os.chdir(root)
+    with patch("papermill.execute_notebook", without_kernel):
+        batch.run("smoke", ["00"])
+    return {path.name: storage.digest(path) for path in root.glob("figures/smoke/*/[!.]*")}
 
 
 def child(cache, action, moment, answers):
     """Run ``action``; die by SIGKILL at the ``moment``-th rename, fsync or unlink."""
     os.environ["DTLIB_CACHE"] = cache
+    os.environ["TMPDIR"] = tempfile.tempdir = f"{cache}/tmp"
+    Path(tempfile.tempdir).mkdir(parents=True, exist_ok=True)
     count = 0
 
     def event(*_):
@@ -271,13 +292,14 @@ def child(cache, action, moment, answers):
     os.fsync = lambda file: (event(), fsync(file))
     events = ("os.rename", "os.remove", "os.rmdir")
     sys.addaudithook(lambda name, _: event() if name in events else None)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         answers.put((action(), count))
 
 
 def kills(most, chance, folder):
     forks, counts = multiprocessing.get_context("forkserver"), collections.Counter()
-    forks.set_forkserver_preload(["dtlib.runs", "dtlib.pretraining.training", "dtlib.figures"])
+    slow = ["dtlib.runs", "dtlib.pretraining.training", "dtlib.figures", "dtlib.batch", "papermill"]
+    forks.set_forkserver_preload(slow)
 
     def run(cache, action, moment):
         answers = forks.SimpleQueue()
@@ -289,23 +311,31 @@ def kills(most, chance, folder):
             return "hang", None
         return (None, answers.get()) if process.exitcode == 0 else (process.exitcode, None)
 
+    def files(cache):
+        with storage_of(cache):
+            storage.sweep_cache()
+        found = {str(path.relative_to(cache)) for path in cache.rglob("*")}
+        return {re.sub("-[0-9a-f]{12}.json", "", path) for path in found}  # a measure's key
+
     for action in (data_set, figures, pretraining, finetuning):
-        _, (expected, moments) = run(folder / action.__name__, action, 0)
-        chosen = sorted(chance.sample(range(1, moments + 1), min(moments, max(1, most // 4))))
+        whole = folder / action.__name__
+        _, (expected, moments) = run(whole, action, 0)
+        usual, chosen = files(whole), range(1, moments + 1)
+        if most is not None:
+            chosen = sorted(chance.sample(chosen, min(moments, most)))
+        print(f"  {action.__name__}: killed at {len(chosen)} of {moments} moments", flush=True)
         for moment in chosen:
             cache = folder / f"{action.__name__}-{moment}"
             end, _ = run(cache, action, moment)
             again, found = run(cache, action, 0)
-            with storage_of(cache):
-                storage.sweep_cache()
-                storage.sweep(cache.rglob(".writing-*"))
-            left = [*cache.rglob("*.lock"), *cache.rglob(".writing-*")]
+            left = sorted(files(cache) ^ usual)
             wrong = "left" if left else "whole"
             wrong = "silent" if found and found[0] != expected else wrong
-            wrong = "hang" if "hang" in (end, again) else "traceback" if again else wrong
+            wrong = "traceback" if again or end != -signal.SIGKILL else wrong
+            wrong = "hang" if "hang" in (end, again) else wrong
             counts[wrong] += 1
             if wrong != "whole":
-                print(f"  {action.__name__}, killed at {moment} of {moments}: {wrong} {left}")
+                print(f"    at {moment}: {wrong} {end} {again} {left}", flush=True)
             shutil.rmtree(cache)
     return counts
 
@@ -334,6 +364,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tries", type=int, default=300, help="of each kind; twice of values")
+    parser.add_argument("--moments", type=int, help="of each killed action; default: every one")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     asked, rows = parser.parse_args(), {}
     torch.set_num_threads(1)
@@ -341,7 +372,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             os.environ["DTLIB_CACHE"] = f"{folder}/cache"
             chance = random.Random(f"{asked.seed} {part}")
-            rows[part] = PARTS[part](asked.tries, chance, Path(folder))
+            number = asked.moments if part == "kills" else asked.tries
+            rows[part] = PARTS[part](number, chance, Path(folder))
         print(f"{part}: {dict(rows[part])}", flush=True)
     wrong = ("traceback", "hang", "silent", "left")
     print(f"\n{'part':<13}{'tries':>8}" + "".join(f"{name:>11}" for name in wrong))
