@@ -3,6 +3,7 @@
 import ast
 import base64
 import contextlib
+import fcntl
 import io
 import json
 import logging
@@ -12,7 +13,7 @@ import subprocess
 import symtable
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -216,10 +217,12 @@ def _costs(profile: str, jobs: list[Job], points: list, lacking: bool) -> str:
 
 def _run_one(job: Job, figures: Path) -> float:
     """Execute a notebook, list its figures; return the seconds it took."""
-    began, folder = time.time(), figures / job.values["profile"] / job.path.stem
-    execute(job, job.path.parents[1], folder)
-    list_figures(job.path, folder, began)
-    return time.time() - began
+    root, folder = job.path.parents[1], figures / job.values["profile"] / job.path.stem
+    with alone(folder):
+        began, before, commit = time.monotonic(), times(folder), commit_of(root)
+        execute(job, root, folder)
+        list_figures(job.path, folder, before, commit)
+    return time.monotonic() - began
 
 
 def _side_by_side(
@@ -256,10 +259,41 @@ def _about(path: Path) -> dict:
     return nbformat.read(path, as_version=4).metadata.get("dtlib", {})
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder against other batches; without a word where its disk gives no locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Another process writes into {folder}: waiting for it.", flush=True)
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """Return when each file of a folder was changed: a new file has another time than the old."""
+    return {file: file.stat().st_mtime_ns for file in folder.glob("*")}
+
+
+def commit_of(root: Path) -> str:
+    """Return the commit of the code as it lies there now; "" without git."""
+    git = "git rev-parse HEAD && git status --porcelain --untracked-files=no -- dtlib notebooks"
+    git = subprocess.run(git, shell=True, cwd=root, capture_output=True, text=True)
+    commit, *changed = git.stdout.splitlines() or [""]
+    return commit + ", with changes" * bool(changed)
+
+
 def execute(job: Job, root: Path, folder: Path) -> None:
     """Execute a notebook with this interpreter in ``root``; write ``folder``/executed.ipynb.
 
-    Raises UserError if a cell fails; unfinished.ipynb then holds what was executed.
+    Raises UserError if a cell fails; unfinished.ipynb then holds what was executed. Until the last
+    cell there is no results.json, so that old numbers never pass for those of new figures.
     """
     import papermill  # slow to import
 
@@ -276,6 +310,7 @@ def execute(job: Job, root: Path, folder: Path) -> None:
         about |= {"DTLIB_CACHE": str(cache_root()), "JUPYTER_RUNTIME_DIR": home}
         output = str(copy).replace("{", "{{").replace("}", "}}")
         notebook = nbformat.read(job.path, as_version=4)
+        (folder / "results.json").unlink(missing_ok=True)
         try:
             with patch.dict(os.environ, about, JUPYTER_PATH=home):
                 papermill.execute_notebook(notebook, output, job.values, **settings)
@@ -347,28 +382,28 @@ def _small(output: NotebookNode) -> NotebookNode:
     return output
 
 
-def list_figures(path: Path, folder: Path, began: float) -> None:
-    """Write figures.json: for each figure its notebook, its cell's tag and the commit.
+def list_figures(path: Path, folder: Path, before: dict[Path, int], commit: str) -> None:
+    """Write figures.json: for each figure its notebook, its cell's tag and the ``commit``.
 
-    Removes figures from before ``began``. Raises UserError if a promised file is not new, and for a
-    figure that belongs to no cell tagged "figure-<name>".
+    Removes figures that have not changed since ``before`` (see times). Raises UserError if a
+    promised file is not new, and for a figure that belongs to no cell tagged "figure-<name>".
     """
+
+    def is_new(file: Path) -> bool:
+        return file.exists() and file.stat().st_mtime_ns != before.get(file)
+
     notebook = nbformat.read(path, as_version=4)
     promised = _about(path).get("figures", [])
     files = [folder / f"{name}.{end}" for name in promised for end in ("png", "pdf", "csv")]
     for file in [*files, folder / "results.json"]:
-        if not file.exists() or file.stat().st_mtime < began:
+        if not is_new(file):
             raise UserError(f"Notebook {path.stem} did not write {file}, which it promises.")
     tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
-    git = "git rev-parse HEAD && git status --porcelain --untracked-files=no -- dtlib notebooks"
-    git = subprocess.run(git, shell=True, cwd=path.parents[1], capture_output=True, text=True)
-    commit, *changed = git.stdout.splitlines() or [""]
-    commit += ", with changes" * bool(changed)
     found = {}
     for png in sorted(folder.glob("*.png")):
-        if png.stat().st_mtime < began:
+        if not is_new(png):
             for file in folder.glob(f"{png.stem}.*"):
-                if file.stat().st_mtime < began:  # a figure that became a table keeps its csv
+                if not is_new(file):  # a figure that became a table keeps its csv
                     file.unlink()
             continue
         own = [tag for tag in tags if f"figure-{png.stem}_".startswith(f"{tag}_")]

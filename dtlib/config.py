@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from dtlib.errors import UserError, checked
-from dtlib.storage import digest
+from dtlib.storage import digest, readable
 from dtlib.tasks import get_task
 
 VALUES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of every config
@@ -97,5 +96,4 @@ class RunConfig:
         values = dataclasses.asdict(self).items()
         chosen = {name: value for name, value in values if value != fields[name].default}
         code = digest(chosen | digests)[:12]
-        start = Path(self.initialisation).name[:80]  # file systems take 255 bytes
-        return f"{self.task}-{start}-K{self.context}-seed{self.seed}-{code}"
+        return f"{self.task}-{readable(self.initialisation)}-K{self.context}-seed{self.seed}-{code}"

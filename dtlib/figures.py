@@ -1,5 +1,6 @@
 """One style for all figures, and one folder for a figure and the numbers that it shows."""
 
+import itertools
 import json
 import os
 import textwrap
@@ -16,6 +17,7 @@ from matplotlib.ticker import LogLocator
 from pydantic_core import to_json
 from scipy import special
 
+from dtlib.errors import UserError
 from dtlib.storage import atomic_write, cache_root, digest, repository, versions, write_text
 from dtlib.tasks import Task
 
@@ -327,6 +329,8 @@ def of_task(name: str, task: str, tasks: list[str]) -> str:
 
 def notebook_hash(path: Path) -> str:
     """Hexadecimal SHA-256 over the sources of all code cells of a notebook."""
+    if not path.is_file():
+        raise UserError(f"There is no notebook {path}: give Output the name of one.")
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
 
@@ -345,11 +349,16 @@ class Output:
     def remembered(self, name: str, measure: Callable, runs: Iterable = ()) -> pd.DataFrame:
         """The table of ``measure()``, index 0, 1, …, kept in the cache until something changes.
 
-        That is: a cell executed so far, dtlib's code, a library, or one of the ``runs`` measured.
+        That is: a cell executed so far, dtlib's code, a library, one of the ``runs`` measured, or
+        one in a dictionary of the notebook: its record tells of settings, data and weights.
         Outside a notebook, where nothing says what a cell was, it is measured each time.
         """
-        cells = getattr(get_ipython(), "user_ns", {}).get("In", time.time_ns())
-        code, records = sorted(Path(__file__).parent.rglob("*.py")), [run.record for run in runs]
+        space = getattr(get_ipython(), "user_ns", {})
+        cells = space.get("In", time.time_ns())
+        groups = [value.values() for value in space.values() if isinstance(value, dict)]
+        records = [getattr(run, "record", None) for run in itertools.chain(runs, *groups)]
+        records = [record for record in records if isinstance(record, dict)]
+        code = sorted(Path(__file__).parent.rglob("*.py"))
         key = digest(cells, *code, records, versions(), pd.__version__)[:12]
         path = cache_root() / "measures" / self.profile / self.folder.name / f"{name}-{key}.json"
         try:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import signal
-import tempfile
 import threading
 import time
 import warnings
@@ -20,6 +19,7 @@ from joblib.externals.loky import get_reusable_executor
 from dtlib.devices import choose_device
 from dtlib.errors import UserError
 from dtlib.progress import tqdm
+from dtlib.storage import temporary_folder
 
 
 def run_all(
@@ -49,7 +49,7 @@ def run_all(
     with tqdm(total=total, desc=description, unit="step", disable=not (progress and items)) as bar:
         if number <= 1:
             return [job(item, device, bar.update) for item in items]
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _shown(bar, folder):
+        with temporary_folder() as folder, _shown(bar, folder):
             work = functools.partial(_work, job, device, Path(folder))
             return list(in_processes(work, enumerate(items), number, "try processes=1"))
 

@@ -1,7 +1,6 @@
 """What a batch costs here: runs are counted, and a few real steps of each kind of run are timed."""
 
 import os
-import tempfile
 from collections import defaultdict
 from dataclasses import replace
 from unittest.mock import patch
@@ -14,7 +13,7 @@ from dtlib.devices import choose_device
 from dtlib.errors import UserError
 from dtlib.records import run_folder
 from dtlib.runs import fine_tune
-from dtlib.storage import cache_root
+from dtlib.storage import cache_root, temporary_folder
 from dtlib.tasks import get_task
 
 # What a timed run does not have; Hopper falls at once, so that its episodes are short.
@@ -57,7 +56,7 @@ def time_run(config: RunConfig, device: str) -> tuple[float, float, int]:
     part = 8 if device == "cpu" and config.size in ("gpt2", "imagegpt") else 1
     config = replace(config, **PLAIN, batch_size=max(1, config.batch_size // part))
     cache_root().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_root()) as folder:
+    with temporary_folder(cache_root()) as folder:
         with patch.dict(os.environ, DTLIB_CACHE=folder):
             for seed in range(2 if device == "cuda" else 1):  # a card's first steps are slow
                 run = fine_tune(replace(config, seed=seed), device)

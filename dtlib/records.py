@@ -103,23 +103,27 @@ def checkpoint_name(epoch: int) -> str:
 
 
 def write_record(
-    folder: Path, config: RunConfig, parts: Parts, progress: dict, device: str
+    folder: Path, config: RunConfig, found: dict, parts: Parts, progress: dict, device: str
 ) -> None:
-    """Write run.json: config, architecture, metrics, data, provenance, digests of checkpoints."""
+    """Write run.json: config, architecture, metrics, data, provenance, digests of checkpoints.
+
+    ``found``: the digests of the files that the run was built from, which may have changed since.
+    """
     known, model = parts.trajectories, parts.model
     donor = None if config.donor is None else model.h[config.swapped_block].attn.config.to_dict()
     statistics = {"state_mean": known.state_mean.tolist(), "state_std": known.state_std.tolist()}
     where = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     seconds = progress["seconds"]
+    kept = [checkpoint_name(epoch) for epoch in sorted({0, config.epochs, *config.checkpoints})]
     begun = {key: progress[key] for key in ("begun_with",) if key in progress}
     record = {
-        "config": dataclasses.asdict(config) | digests(config),
+        "config": dataclasses.asdict(config) | found,
         "backbone": model.config.to_dict(),
         "donor": donor,
         "metrics": progress["metrics"],
         "data": {"fingerprint": known.fingerprint, "summary": known.summary(), **statistics},
         "provenance": {"device": where, "seconds": seconds, "versions": versions(), **begun},
-        "checkpoints": {file.name: digest(file) for file in sorted(folder.glob("epoch_*"))},
+        "checkpoints": {name: digest(folder / name) for name in kept},
     }
     write_text(folder / "run.json", {"checksum": _checksum(record), **record})
 

@@ -19,6 +19,7 @@ from dtlib.model import DecisionTransformer
 from dtlib.parallel import one_thread, run_all
 from dtlib.records import (
     checkpoint_name,
+    digests,
     fetch_weights,
     read_record,
     run_folder,
@@ -165,8 +166,8 @@ def fine_tune(
 
 def train_run(config: RunConfig, folder: Path, device: str, on_steps: OnSteps) -> None:
     """Train in ``folder``, from the last finished epoch if there is one, and write its record."""
-    parts = build(config, device)
-    if folder.name != run_folder(config).name:
+    parts, found = build(config, device), digests(config)
+    if folder.name != config.name(found):
         raise UserError(f"A file that {folder.name} is made from changed meanwhile: run again.")
 
     def advance(epoch: int, progress: dict) -> dict:
@@ -191,7 +192,7 @@ def train_run(config: RunConfig, folder: Path, device: str, on_steps: OnSteps) -
         advance=advance,
         on_steps=on_steps,
     )
-    write_record(folder, config, parts, progress, device)
+    write_record(folder, config, found, parts, progress, device)
     (folder / "resume.safetensors").unlink()
 
 

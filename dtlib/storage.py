@@ -34,6 +34,11 @@ def typed(path: str | Path) -> Path:
     return Path(os.path.expanduser(path)).absolute()
 
 
+def readable(path: str) -> str:
+    """Return at most 80 bytes of a path's last part: a name in a file system takes 255."""
+    return Path(path).name.encode(errors="ignore")[:80].decode(errors="ignore")
+
+
 def cache_root() -> Path:
     """Return the folder of data, runs and starting points: ``DTLIB_CACHE`` or the user's cache."""
     return typed(os.environ.get("DTLIB_CACHE") or platformdirs.user_cache_dir("dtlib"))
@@ -137,9 +142,12 @@ def temporary_name(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def temporary_folder() -> Iterator[str]:
-    """Yield a folder that is gone afterwards; after ``kill -9``, when this is next called."""
-    folder = temporary_name(Path(tempfile.gettempdir()))
+def temporary_folder(parent: str | Path = "") -> Iterator[str]:
+    """Yield a folder that is gone afterwards; after ``kill -9``, when this is next called.
+
+    It lies in ``parent``; by default where Python keeps temporary files (TMPDIR).
+    """
+    folder = temporary_name(Path(parent or tempfile.gettempdir()))
     sweep(folder.parent.glob(".writing-*"))
     folder.mkdir(mode=0o700)
     try:
@@ -357,6 +365,7 @@ def resumable(
         on_steps(progress[rows][-1]["step"])
     for number in range(len(progress[rows]), count):
         progress[rows].append(advance(number, progress))
-        progress["files"] = {file.name: digest(file) for file in folder.glob("epoch_*")}
+        now_there = {file.name: digest(file) for file in folder.glob("epoch_*")}
+        progress["files"] = progress.get("files", {}) | now_there  # one that is lost stays known
         save_state(state, model, optimiser, progress)
     return progress

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def plan(repository, profile="laptop", wanted=None, settings=(), **values):
         ({"fast": 1}, "fast got 1: expected bool"),
         ({"tasks": ""}, "tasks got '': expected list[str]"),
         ({"seeds": 3}, "seeds got 3: expected list[int], such as [0, 1, 2]"),
+        ({"seeds": [0, 1, 0]}, "seeds got 0 more than once"),
+        ({"tasks": ["hopper", "hopper"]}, "tasks got 'hopper' more than once"),
         ({"seeds": [0, "one"]}, "seeds got [0, 'one']: expected list[int]"),
         ({"name": 3}, "name got 3: expected str"),
         ({"more": "{a"}, "more got '{a': expected dict[str, list[int]]"),
@@ -362,13 +365,16 @@ def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(
 def test_a_failing_cell_stops_the_batch_and_is_named(repository):
     cells = ("before = 1", "\nresult = before / 0\nafter = 2")
     write_notebook(repository / "notebooks" / "00_first.ipynb", *cells)
+    earlier = repository / "figures" / "laptop" / "00_first" / "results.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
     with pytest.raises(UserError) as caught:
         batch.run("laptop")
     executed = repository / "figures" / "laptop" / "00_first" / "unfinished.ipynb"
     reason = "ZeroDivisionError: division by zero"
     for part in ("00_first", "cell [4]", "(result = before / 0)", reason, str(executed)):
         assert part in str(caught.value)
-    assert executed.exists()
+    assert executed.exists() and not earlier.exists()
     assert not (repository / "figures" / "laptop" / "01_second").exists()
 
 
@@ -399,12 +405,10 @@ def test_what_is_kept_to_read_is_the_same_again_and_holds_no_path(repository):
     assert pixels.mode == "P" and pixels.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
-def write_figures(folder, *names, old=False):
+def write_figures(folder, *names):
     folder.mkdir(exist_ok=True)
     for file in [folder / f"{name}.{end}" for name in names for end in ("png", "pdf", "csv")]:
         file.touch()
-        if old:
-            os.utime(file, (0, 0))
     (folder / "results.json").touch()
 
 
@@ -412,29 +416,49 @@ def test_a_promised_figure_that_is_absent_or_old_is_an_error(repository):
     notebook, folder = repository / "notebooks" / "00_first.ipynb", repository / "figures"
     write_notebook(notebook, "", figures=["curve"], tags=["figure-curve"])
     write_figures(folder, "curve")
-    batch.list_figures(notebook, folder, 1.0)
-    os.utime(folder / "curve.pdf", (0, 0))
+    batch.list_figures(notebook, folder, {}, "")
+    os.utime(folder / "curve.pdf", (10**10, 10**10))  # whatever the clock says
+    before = {folder / "curve.pdf": (folder / "curve.pdf").stat().st_mtime_ns}
     for _ in range(2):
         with pytest.raises(UserError, match="did not write .*curve.pdf, which it promises"):
-            batch.list_figures(notebook, folder, 1.0)
+            batch.list_figures(notebook, folder, before, "")
         (folder / "curve.pdf").unlink(missing_ok=True)
 
 
 def test_figures_name_their_cell_and_old_ones_go(repository):
     notebook, folder = repository / "notebooks" / "00_first.ipynb", repository / "figures"
     write_notebook(notebook, "", tags=["figure-curve"])
-    write_figures(folder, "last_year", old=True)
+    write_figures(folder, "last_year")
+    before = batch.times(folder)
     write_figures(folder, "curve_walker2d")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True, cwd=repository)
     subprocess.run([*git, "commit", "-qm", "a", "--allow-empty"], check=True, cwd=repository)
-    batch.list_figures(notebook, folder, 1.0)
+    batch.list_figures(notebook, folder, before, batch.commit_of(repository))
     found = json.loads((folder / "figures.json").read_text())["curve_walker2d"]
     assert found["cell"] == "figure-curve" and len(found["commit"]) == 40
     assert not list(folder.glob("last_year*"))
     write_figures(folder, "curves")
     with pytest.raises(UserError, match="Notebook 00_first has no cell tagged figure-curves"):
-        batch.list_figures(notebook, folder, 1.0)
+        batch.list_figures(notebook, folder, before, "")
+
+
+def test_two_batches_write_into_one_folder_one_after_the_other(tmp_path, capsys):
+    order, inside = [], threading.Event()
+
+    def second():
+        inside.wait()
+        with batch.alone(tmp_path / "00_first"):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    other.start()
+    with batch.alone(tmp_path / "00_first"):
+        inside.set()
+        wait_until(lambda: "waiting for it" in capsys.readouterr().out, 100)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"] and list(tmp_path.rglob("*.lock")) == []
 
 
 def test_a_kernel_that_dies_is_an_error_that_names_the_notebook(repository):

@@ -348,6 +348,8 @@ def test_words_and_paragraphs(capsys):
 def test_playing_never_overwrites_results(repository, tmp_path, monkeypatch):
     assert figures.Output("laptop", "00_first").folder == repository / "figures/mine/00_first"
     monkeypatch.chdir(repository / "notebooks")
+    with pytest.raises(UserError, match=r"There is no notebook .*99_none\.ipynb"):
+        figures.Output("laptop", "99_none")
     assert figures.Output("full", "00_first").folder == repository / "figures/mine/00_first"
     monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path / "batch"))
     assert figures.Output("full", "00_first").folder == tmp_path / "batch/full/00_first"
@@ -377,13 +379,15 @@ def test_what_was_measured_is_remembered_until_something_changes(repository, tmp
     assert [measured(), measured()] == [3, 3]
     run.record["seconds"] = 1
     assert [measured(), measured()] == [4, 4]
-    monkeypatch.setattr(figures, "versions", lambda: {"torch": "0"})
+    shell.user_ns["finished"] = {0: SimpleNamespace(record={"weights": 1})}  # given to no measure
     assert [measured(), measured()] == [5, 5]
+    monkeypatch.setattr(figures, "versions", lambda: {"torch": "0"})
+    assert [measured(), measured()] == [6, 6]
     (kept,) = tmp_path.glob("measures/laptop/00_first/information-*")  # the older ones are gone
     kept.write_bytes(kept.read_bytes()[:-9])
-    assert [measured(), measured()] == [6, 6]
+    assert [measured(), measured()] == [7, 7]
     monkeypatch.setattr(figures, "get_ipython", lambda: None)  # nothing says what has changed
-    assert [measured(), measured()] == [7, 8]
+    assert [measured(), measured()] == [8, 9]
 
 
 EVERY_TYPE = pd.DataFrame(

@@ -4,6 +4,7 @@ import copy
 import gzip
 import io
 import json
+import shutil
 
 import ale_py
 import numpy as np
@@ -322,6 +323,18 @@ def test_collected_pong_is_learnt_and_played(cache, monkeypatch):
     assert len(data.lengths) == 1 and data.returns[0] > PONG.reference[0]
     monkeypatch.setattr(games, "play", None)  # asked for twice, trained once
     assert games.fine_tuned_game(config, progress=False) == found
+    other, folder = configured(seed=1), cache / "games"
+    shutil.copytree(folder / config.name, folder / other.name)
+    (folder / config.name / "model.safetensors").write_bytes(b"")
+    for damaged in (other, config):
+        with pytest.raises(UserError, match=f"{damaged.name} was changed: move that folder away"):
+            games.fine_tuned_game(damaged, progress=False)
+        shutil.rmtree(folder / damaged.name)
+    digests = iter("abcd")
+    monkeypatch.setattr(games, "weights_digest", lambda *_: next(digests))
+    with pytest.raises(UserError, match="changed meanwhile: run again"):
+        games.fine_tuned_game(config, progress=False)
+    assert not list(folder.glob(f"*seed0-{config.name[-12:]}"))
 
 
 def test_replay_files_to_an_episode_interrupted_and_resumed(cache, tmp_path, monkeypatch):

@@ -133,6 +133,24 @@ def test_each_file_of_a_data_set_and_of_a_text_is_in_the_name(tmp_path, monkeypa
         assert len(set(names)) == 3, file
 
 
+def test_files_that_change_while_a_run_learns_make_no_other_run_of_it(
+    own_cache, folder, tmp_path, monkeypatch
+):
+    measure = runs._measure
+
+    def and_change(*arguments):
+        edit(folder / "config.json", n_head=1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(runs, "_measure", and_change)
+    wish = SMALL | {"dataset": str(write(tmp_path / "d.hdf5", columns()))}
+    wish = runs.RunConfig(**wish, initialisation=str(folder))
+    before = records.run_folder(wish)
+    run = runs.fine_tune(wish)  # after hours: it is kept, under the name of what it began with
+    assert run.path == before != records.run_folder(wish)
+    assert run.load_model(0).config.n_head == 2
+
+
 def test_digests_cannot_be_given():
     with pytest.raises(UserError, match="starting_weights"):
         runs.RunConfig(starting_weights="0" * 16)
@@ -457,8 +475,9 @@ def test_no_checkpoint_lies_beyond_the_last_epoch():
 
 
 def test_a_name_fits_a_file_system(tmp_path):
-    name = runs.RunConfig(initialisation=str(tmp_path / ("long" * 60))).name({})
-    assert len(name.encode()) < 200
+    for long in ("long" * 60, "模型" * 60, "🤖" * 60):
+        name = runs.RunConfig(initialisation=str(tmp_path / long)).name({})
+        assert len(name.encode()) < 200
 
 
 def test_a_plan_with_a_wrong_value_is_refused(monkeypatch, tmp_path):
@@ -595,6 +614,29 @@ def test_what_dead_processes_left_is_swept_and_what_lives_stays(own_cache):
         [f"{storage.WRITING}{os.getpid()}-bb", f".writing-elsewhere-{dead.pid}-cc"] * 3
     )
     assert not list(own_cache.glob(".writing-*"))
+
+
+def test_a_run_lacks_no_checkpoint(own_cache, tmp_path, monkeypatch):
+    """What happens when its folder is moved away while it grows."""
+    measure = runs._measure
+
+    def and_lose(*arguments):
+        for file in own_cache.rglob("epoch_000.safetensors"):
+            file.unlink()
+        return measure(*arguments)
+
+    wish = runs.RunConfig(dataset=str(write(tmp_path / "d.hdf5", columns())), **SMALL)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"epoch_000\.safetensors"):
+        patch.setattr(runs, "_measure", and_lose)
+        runs.fine_tune(wish)
+    assert not list(records.runs_root().glob("[!.]*"))
+    assert len(runs.fine_tune(wish).record["checkpoints"]) == 2
+
+
+def test_one_module_makes_temporary_files():
+    """Else what ``kill -9`` leaves is swept by nobody."""
+    code = Path(storage.__file__).parent.rglob("*.py")
+    assert [p.name for p in code if "tempfile" in p.read_text(encoding="utf-8")] == ["storage.py"]
 
 
 def test_temporary_files_follow_no_link_and_have_no_name_to_guess(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from minari.data_collector.episode_buffer import EpisodeBuffer
 from safetensors.numpy import load_file, save_file
 from test_data import arrays, write
 
-from dtlib import parallel
+from dtlib import parallel, storage
 from dtlib.data import load
 from dtlib.errors import UserError
 from dtlib.sources import collected, files
@@ -559,6 +559,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         type(self).requests.append(self.path)
+        type(self).seen = os.listdir(os.environ["D4RL_DATASET_DIR"])
         if self.status:
             return self.send_error(self.status)
         self.send_response(200)
@@ -589,12 +590,14 @@ FILE, HASH = "hopper_medium-v2.hdf5", "hopper_medium-v2.sha256"
 
 
 def test_a_broken_download_leaves_nothing_and_can_be_repeated(server, tmp_path, hopper_file):
-    folder = tmp_path / "datasets"
-    server.limit = len(server.content) // 2
+    folder, whole = tmp_path / "datasets", server.content
+    server.content, server.limit = whole[:100] + bytes(len(whole)), len(whole) // 2
     with pytest.raises(UserError, match=f"Cannot download {FILE}.*{folder}.*D4RL_DATASET_DIR"):
         load("d4rl:medium", HOPPER, progress=False)
     assert listing(folder) == []
-    server.limit = None
+    swept = (storage.WRITING, f"{FILE}.lock")  # after kill -9, too
+    assert server.seen and all(name.startswith(swept) for name in server.seen)
+    server.content, server.limit = whole, None  # another version: the two are not joined
     trajectories = load("d4rl:medium", HOPPER, progress=False)
     assert listing(folder) == [folder / FILE, folder / HASH]
     assert (folder / FILE).read_bytes() == server.content

@@ -14,7 +14,7 @@ from dtlib.errors import UserError
 from dtlib.progress import tqdm
 from dtlib.sources.collected import QUALITIES
 from dtlib.sources.episodes import KEYS, fingerprint
-from dtlib.storage import digest, locked, memory, sweep, temporary_name, typed, write_text, writing
+from dtlib.storage import digest, locked, memory, temporary_folder, typed, write_text, writing
 from dtlib.tasks import Task
 
 D4RL_ADDRESS = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
@@ -99,8 +99,9 @@ def d4rl_path(task: Task, quality: str) -> Path:
 def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
     """Return D4RL's file, downloaded if it is absent.
 
-    D4RL publishes no hashes: the SHA-256 of a file's first use is kept beside it, in sha256sum's
-    format. Raises UserError when the file has changed since, or cannot be downloaded.
+    We know of no published hashes of these files. So the SHA-256 of a file's first use is kept
+    beside it, in sha256sum's format, and checked at each later use. Raises UserError when the file
+    has changed since, or cannot be downloaded.
     """
     path = d4rl_path(task, quality)
     known = path.with_suffix(".sha256")
@@ -119,29 +120,28 @@ def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
 
 
 def _download(path: Path, progress: bool) -> None:
-    """Download a D4RL file; under its name there is the whole file or nothing."""
+    """Download a D4RL file; under its name there is the whole file or nothing.
+
+    A broken download is dropped and begins anew, so that two versions are never joined.
+    """
     pooch.get_logger().setLevel(logging.WARNING)
-    sweep(path.parent.glob(".writing-*"))
-    arrived = temporary_name(path.parent)
     fetch = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 20, timeout=60)
     secure = D4RL_ADDRESS.replace("http:", "https:")  # not every server has it
     try:
-        for address in (secure, D4RL_ADDRESS):
-            unreachable = [requests.ConnectionError] * (address == secure)
-            with contextlib.suppress(*unreachable), writing(path):
-                address += path.name
-                pooch.retrieve(address, None, arrived.name, path.parent, downloader=fetch)
-                break
-        if not h5py.is_hdf5(arrived):
-            raise ConnectionError("what the server sent is not HDF5")
-        arrived.replace(path)
+        with writing(path), temporary_folder(path.parent) as folder:
+            for address in (secure, D4RL_ADDRESS):
+                unreachable = [requests.ConnectionError] * (address == secure)
+                with contextlib.suppress(*unreachable):
+                    pooch.retrieve(address + path.name, None, path.name, folder, downloader=fetch)
+                    break
+            if not h5py.is_hdf5(arrived := Path(folder, path.name)):
+                raise ConnectionError("what the server sent is not HDF5")
+            arrived.replace(path)
     except OSError as error:
         raise UserError(
             f"Cannot download {path.name} from {D4RL_ADDRESS} ({error}): put {path.name} into "
             f"{path.parent}, or set D4RL_DATASET_DIR to the folder that has it."
         ) from error
-    finally:
-        arrived.unlink(missing_ok=True)
 
 
 def read_minari(identifier: str, progress: bool = True) -> dict[str, np.ndarray]:

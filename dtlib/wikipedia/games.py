@@ -23,7 +23,7 @@ from dtlib.build import draw
 from dtlib.config import SIZES, VALUES, Count, Lax, Positive, Whole
 from dtlib.data import Trajectories, Windows
 from dtlib.devices import choose_device
-from dtlib.errors import checked
+from dtlib.errors import UserError, checked
 from dtlib.evaluate import Episodes
 from dtlib.model import DecisionTransformer
 from dtlib.parallel import one_thread
@@ -83,7 +83,8 @@ class GameConfig:
         if self.data != "collected":
             found = replay_files(storage.typed(self.data), self.data_checkpoints)
             files += [storage.digest(path) for path in found if path.is_file()]
-        start, code = Path(self.initialisation).name[:80], storage.digest(asdict(self), *files)[:12]
+        start = storage.readable(self.initialisation)
+        code = storage.digest(asdict(self), *files)[:12]
         return f"{self.game}-{start}-K{self.context}-seed{self.seed}-{code}"
 
 
@@ -198,7 +199,7 @@ def fine_tuned_game(config: GameConfig, device: str = "auto", progress: bool = T
 
     The record has config, versions and metrics: for each epoch (0: the start) step, loss (mean of
     the epoch in nats an action; None at 0), scores and lengths of the games. The last epoch's
-    weights lie beside it.
+    weights lie beside it. Raises UserError if one of them was changed.
     """
     final, device = storage.cache_root() / "games" / config.name, choose_device(device)
     with storage.growing(final) as folder:
@@ -206,7 +207,10 @@ def fine_tuned_game(config: GameConfig, device: str = "auto", progress: bool = T
         if folder and (begun or not (folder / "run.json").exists()):
             with one_thread(device):  # the same rounding on any number of cores
                 _train(config, folder, device, progress)
-    return json.loads((final / "run.json").read_text(encoding="utf-8"))
+    record = json.loads((final / "run.json").read_text(encoding="utf-8"))
+    if storage.damaged(final) or record["config"] != json.loads(json.dumps(asdict(config))):
+        raise UserError(f"The run in {final} was changed: move that folder away and run again.")
+    return record
 
 
 def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> None:
@@ -214,6 +218,8 @@ def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> Non
     trajectories = load_data(config, progress)
     sampler = ScreenSampler(trajectories, config.context, device)
     model = GameTransformer(config, int(trajectories.lengths.max())).to(device)
+    if folder.name != config.name:
+        raise UserError(f"A file that {folder.name} is made from changed meanwhile: run again.")
     optimiser = game_optimiser(model, config.learning_rate)
     steps = config.steps_per_epoch or -(-sampler.number_of_steps // config.batch_size)
     rate = partial(
@@ -255,3 +261,4 @@ def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> Non
         folder / "run.json", {"config": asdict(config), **about, "versions": versions}
     )
     (folder / "resume.safetensors").unlink()
+    storage.seal(folder)
