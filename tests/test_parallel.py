@@ -168,11 +168,11 @@ def test_an_error_in_a_job_is_raised_here(processes):
 
 
 # A script without the usual guard around its main part.
-SCRIPT = """
+SCRIPT = r"""
 import os, time
 from dtlib import parallel
 def job(item, device, on_steps):
-    print("working", os.getpid(), flush=True)
+    os.write(1, b"working\n")  # at once, whatever the other one writes
     time.sleep(1000)
 print("script", flush=True)
 parallel.run_all(job, [1, 2], total=2, description="", processes=2, progress=False)
