@@ -24,6 +24,7 @@ import nbformat
 from ipykernel.kernelspec import write_kernel_spec
 from nbformat import NotebookNode
 from PIL import Image
+from traitlets.config import Config
 
 from dtlib import profiles
 from dtlib.compare import compare
@@ -310,6 +311,8 @@ def execute(job: Job, root: Path, folder: Path) -> None:
         about |= {"DTLIB_CACHE": str(cache_root()), "JUPYTER_RUNTIME_DIR": home}
         output = str(copy).replace("{", "{{").replace("}", "}}")
         notebook = nbformat.read(job.path, as_version=4)
+        connection = {"connection_file": f"{home}/kernel.json"}  # else it survives kill -9
+        settings["config"] = Config(KernelManager=connection)
         (folder / "results.json").unlink(missing_ok=True)
         try:
             with patch.dict(os.environ, about, JUPYTER_PATH=home):

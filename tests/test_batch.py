@@ -22,7 +22,7 @@ from dtlib.config import RunConfig
 from dtlib.errors import UserError
 from dtlib.pretraining import training as pretraining
 from dtlib.settings import parse_settings
-from dtlib.storage import cache_root
+from dtlib.storage import cache_root, sweep
 from dtlib.storage import repository as find_repository
 
 PARAMETERS = """profile = "laptop"
@@ -492,7 +492,9 @@ Path({str(note)!r}).write_text(str(os.getpid()))
 time.sleep(600)"""
     write_notebook(repository / "notebooks" / "00_first.ipynb", sleep)
     command = [sys.executable, "-m", "dtlib", "figures", "00"]
-    running = subprocess.Popen(command, cwd=repository, stderr=subprocess.DEVNULL)
+    (temporary := repository / "temporary").mkdir()
+    about = {"stderr": subprocess.DEVNULL, "env": os.environ | {"TMPDIR": str(temporary)}}
+    running = subprocess.Popen(command, cwd=repository, **about)
 
     def started():
         return running.poll() is not None or (note.exists() and note.read_text())
@@ -504,6 +506,8 @@ time.sleep(600)"""
         running.kill()
         running.wait()
     wait_until(lambda: has_ended(kernel), 300)
+    sweep(temporary.iterdir())
+    assert not [path for path in temporary.rglob("*") if path.is_file()]
 
 
 # Plans
