@@ -48,7 +48,7 @@ def tokens(ax, y):
 
 def blocks(ax, y, step=0.31):
     """Draw the blocks and, beside them, the starting points that fill them with weights."""
-    names = ("block 1: causal attention, MLP", "block 2", "⋮", "block $L$, then LayerNorm")
+    names = ("block 0: causal attention, MLP", "block 1", "⋮", "block $L-1$, then LayerNorm")
     for i, name in enumerate(names):
         if name == "⋮":
             ax.text((LEFT + RIGHT) / 2, y + i * step + 0.13, name, ha="center", va="center")
