@@ -6,6 +6,8 @@ import pandas as pd
 from dtlib.figures import sentence, t_interval
 
 MEASURES = ("as released", "as written", "corrected")
+MEANING = """Supported: the whole interval (low to high) lies above the threshold. Not supported: it
+lies below. Undecided: neither."""
 
 
 def decide(
@@ -33,9 +35,9 @@ def decide(
 def report(rows: list[dict]) -> pd.DataFrame:
     """Say in sentences what ``decide`` gave; return the table to show below them.
 
-    Named are: how many of the paper's claims are decided by each measure, and the claims whose
-    verdict changes with the measure. Columns without a number (intervals of two seeds) are left
-    out.
+    Named are: how many of the paper's claims are decided by each measure, the claims whose verdict
+    changes with the measure, and what the verdicts mean. Columns without a number (intervals of two
+    seeds) are left out.
     """
     table = pd.DataFrame(rows)
     of_paper = table[table.section != "control"]
@@ -47,5 +49,6 @@ def report(rows: list[dict]) -> pd.DataFrame:
         if own.verdict.nunique() > 1:
             found = ", ".join(f"{row.verdict} {row.measure}" for row in own.itertuples())
             sentence(f"{task}: “{claim.rstrip('.')}” is {found}.")
+    sentence(MEANING)
     columns = ["task", "claim", "rule", "measure", "effect", "low", "high", "threshold", "verdict"]
     return table[columns].dropna(axis=1, how="all").round(3)

@@ -48,6 +48,7 @@ def test_report_counts_and_names_claims_that_depend_on_the_measure(capsys):
     assert "as written: of 2 of the paper's claims, 2 supported." in said
     assert "“It holds” is supported as written, not supported corrected." in said
     assert "Both agree" not in said and "Ours" not in said
+    assert said.count("Undecided: neither.") == 1
     assert len(table) == 4
     two_seeds = [decide("A 1", "It holds.", "above 0", "corrected", "hopper", [1, 2])]
     assert not {"low", "high"} & set(report(two_seeds))
