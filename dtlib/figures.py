@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython import display, get_ipython
-from matplotlib.ticker import LogLocator
 from pydantic_core import to_json
 from scipy import special
 
 from dtlib.errors import UserError
+from dtlib.layout import BARS, RoomyLog, fit_bars, framed, note
 from dtlib.storage import atomic_write, cache_root, digest, repository, versions, write_text
 from dtlib.tasks import Task
 
@@ -48,13 +48,14 @@ VERDICTS = {
 
 
 def use_style() -> None:
-    """Set the style for this process: legible when a figure fills half a page."""
+    """Set the style for this process: figures legible on half a page, tables with whole texts."""
     sizes = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "lines.markersize": 5}
     boxes = {"axes.spines.top": False, "axes.spines.right": False, "legend.edgecolor": "none"}
     layout = {"figure.figsize": (5.0, 3.4), "figure.constrained_layout.use": True}
     plt.style.use("default")  # not what the user's own matplotlibrc says
     cycle = plt.cycler(color=list(dict.fromkeys(COLOURS.values())))
     plt.rcParams.update(sizes | boxes | layout | {"axes.prop_cycle": cycle, "pdf.fonttype": 42})
+    pd.set_option("display.max_colwidth", None)
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -98,6 +99,9 @@ def band(ax: plt.Axes, x: np.ndarray, values: np.ndarray, label: str, colour=Non
     colour = ax.plot(x, mean, line, label=label, **style)[0].get_color()
     ax.plot(x, np.transpose(values), line, color=colour, linewidth=0.6, alpha=0.5)
     ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+    if len(values) > 1:
+        shown = "range of the seeds" if len(values) < 4 else "95 % bootstrap interval of the mean"
+        note(ax, "thin lines: seeds", f"band: {shown}")
 
 
 def look(name: str, **own) -> dict:
@@ -106,22 +110,34 @@ def look(name: str, **own) -> dict:
     return {"color": colour, "marker": marker, "linestyle": ""} | own
 
 
-def dots(ax: plt.Axes, rows: dict[str, pd.DataFrame], against: str | None = None) -> None:
+def dots(
+    ax: plt.Axes,
+    rows: dict[str, pd.DataFrame],
+    against: str | None = None,
+    within: tuple[float, float] = (-np.inf, np.inf),
+) -> None:
     """Draw one line of marks for each of ``rows``: {label: table of seeds × starting points}.
 
-    Large mark and bar: mean and 95 % t-interval over seeds. Small marks: the seeds. The first row
-    is at the top. ``against``: a column; what is drawn are differences to it, seed by seed, beside
-    a line at zero. NaN values are left out. ``{name: table[[name]]}`` gives one row a start.
+    Large mark and bar: mean and 95 % t-interval over seeds; on a logarithmic axis, if all values
+    are positive, the geometric mean and the interval of the logarithms. Small marks: the seeds.
+    Bars end at the bounds ``within`` which the quantity lies. The first row is at the top.
+    ``against``: a column; what is drawn are differences to it, seed by seed, beside a line at zero.
+    NaN values are left out. ``{name: table[[name]]}`` gives one row a start.
     """
     for y, table in enumerate(rows.values()):
         if against:
             table = table.drop(columns=against).sub(table[against], axis=0)
         for i, name in enumerate(table):
             at, values = y + 0.7 * ((i + 0.5) / table.shape[1] - 0.5), table[name].dropna()
-            mean, low, high = t_interval(values)
+            mean, low, high = np.clip(t_interval(values), *within)
             small = look(name, markersize=3, alpha=0.4, markeredgewidth=0)
             ax.plot(values, [at] * len(values), **small)
-            ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], **look(name))
+            bar = ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], **look(name))
+            if len(values):
+                logarithms = t_interval(np.log(values.where(values > 0)))
+                bar.by_logarithm = np.clip(np.exp(logarithms), *within)
+            note(ax, *("small marks: seeds", BARS)[: max(0, len(values) - 1)])  # bars need three
+    fit_bars(ax)
     if against:
         ax.axvline(0, color="0.7", linewidth=1, zorder=0)
     ax.set_yticks(range(len(rows)), rows)
@@ -141,6 +157,8 @@ def series(ax: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
         at = table.columns.to_numpy(float) + apart * (i - (len(tables) - 1) / 2)
         style = look(name, linestyle="-", linewidth=0.8)
         ax.errorbar(at, mean, yerr=[mean - low, high - mean], **style)
+        if np.isfinite(low).any():
+            note(ax, BARS)
 
 
 def small_multiples(
@@ -163,6 +181,8 @@ def small_multiples(
             ax.plot(wide[against].mean(axis=1), color="0.6", linewidth=2.5)
             ax.plot(wide[name], color=look(name)["color"], linewidth=0.7, alpha=0.6)
             ax.plot(wide[name].mean(axis=1), **look(name, linestyle="-", markersize=4))
+            ax.margins(x=0.1)  # the first and the last mark are whole
+            note(ax, "thin lines: seeds")
             ax.sharey(row[0])
             ax.tick_params(labelleft=ax is row[0], labelbottom=i == len(axes) - 1)
         last = wide.iloc[-1].unstack("initialisation")
@@ -185,11 +205,19 @@ def arrow(ax: plt.Axes, before: tuple, after: tuple, name: str) -> None:
     ax.plot(*after, **look(name))
 
 
-def reference(ax: plt.Axes, y: float, label: str) -> None:
-    """Draw a dotted line at ``y`` with its label above its right end."""
-    ax.axhline(y, color=COLOURS["data"], linestyle=":", linewidth=1)
+def reference(ax: plt.Axes, y: float, label: str = "", linestyle: str = ":") -> None:
+    """Draw a line at ``y``, by default a dotted one, with its label above its right end."""
+    ax.axhline(y, color=COLOURS["data"], linestyle=linestyle, linewidth=1)
     at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     ax.annotate(label, (1, y), (0, 2), ha="right", va="bottom", fontsize=8, **at)
+
+
+def reference_x(ax: plt.Axes, x: float, label: str = "", linestyle=":", side="right") -> None:
+    """Draw a line at ``x``, by default a dotted one, with its label at that side of its top."""
+    ax.axvline(x, color=COLOURS["data"], linestyle=linestyle, linewidth=1)
+    at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    place, end = ((3, 0), "left") if side == "right" else ((-3, 0), "right")
+    ax.annotate(label, (x, 1), place, ha=end, va="top", fontsize=8, **at)
 
 
 def strip(ax: plt.Axes, words: pd.DataFrame, marks: dict[str, dict] = VERDICTS) -> None:
@@ -213,7 +241,9 @@ def name_marks(figure: plt.Figure, names: Iterable[str], marks: dict | None = No
         plt.Line2D([], [], label=name, **{"linestyle": "", **style})
         for name, style in styles.items()
     ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
+    columns = -(-len(handles) // -(-len(handles) // 4)) if handles else 1  # five: three and two
+    by_column = [handle for i in range(columns) for handle in handles[i::columns]]  # read by row
+    figure.legend(handles=by_column, loc="outside upper center", ncols=columns)
 
 
 def tokens(
@@ -225,12 +255,12 @@ def tokens(
     below zero and red above; the return-to-go is written out.
     """
     for step, parts in enumerate(zip(returns_to_go[:, None], states, actions, strict=True)):
-        for i, (letter, values) in enumerate(zip(("R̂", "s", "a"), parts, strict=True)):
+        for i, (letter, values) in enumerate(zip((r"\hat{R}", "s", "a"), parts, strict=True)):
             x = 4 * step + 1.2 * i
             place = {"extent": (x, x + 0.8, -len(values) / 2, len(values) / 2), "aspect": "auto"}
             if i:
                 ax.imshow(values[:, None], cmap="coolwarm", vmin=-2, vmax=2, **place)
-            ax.text(x + 0.4, -states.shape[1] / 2 - 1, f"${letter}_{step + 1}$", ha="center")
+            ax.text(x + 0.4, -states.shape[1] / 2 - 1, f"${letter}_{{{step + 1}}}$", ha="center")
         ax.text(4 * step + 0.4, 0, f"{returns_to_go[step]:.0f}", ha="center", va="center")
     edge = states.shape[1] / 2
     ax.set(xlim=(-0.4, 4 * len(states) - 0.4), ylim=(-edge - 1.5, edge + 0.5))
@@ -306,9 +336,9 @@ def lines(ax: plt.Axes, table: pd.DataFrame) -> None:
 
 
 def log_axis(ax: plt.Axes) -> None:
-    """Make the y axis logarithmic, with numbers at 1, 2, 3 and 5 times the powers of ten."""
+    """Make the y axis logarithmic, with as many round numbers as have room."""
     ax.set_yscale("log", subs=[])
-    ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}")
+    ax.yaxis.set(major_locator=RoomyLog(), major_formatter="{x:g}")
 
 
 def alt_text(figure: plt.Figure, name: str) -> str:
@@ -378,15 +408,14 @@ class Output:
 
     def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:
         """Write png (200 dpi), pdf and csv (the numbers shown), always the same bytes; show it."""
-        figure.draw_without_rendering()  # the layout is found once, not for each file
-        figure.set_layout_engine("none")
+        box = framed(figure, dpi=200)
         for suffix, metadata in (("png", None), ("pdf", {"CreationDate": None})):
             with atomic_write(self.folder / f"{name}.{suffix}") as path:
-                figure.savefig(path, format=suffix, dpi=200, metadata=metadata)
+                figure.savefig(path, format=suffix, dpi=200, metadata=metadata, bbox_inches=box)
         self.table(name, table)
         plt.close(figure)  # a notebook would draw it once more
         if (shell := get_ipython()) is not None and shell.has_trait("kernel"):
-            image, width = str(self.folder / f"{name}.png"), round(96 * figure.get_figwidth())
+            image, width = str(self.folder / f"{name}.png"), round(96 * box.width)
             display.display(display.Image(image, width=width, alt=alt_text(figure, name)))
 
     def table(self, name: str, table: pd.DataFrame) -> None:

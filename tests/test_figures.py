@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dtlib import figures
+from dtlib import figures, layout
 from dtlib.errors import UserError
 from dtlib.tasks import get_task
 
@@ -153,6 +153,59 @@ def test_dots_draw_means_seeds_and_paired_differences():
     plt.close(figure)
 
 
+def ends(container):
+    """Where the mark of ``dots`` stands, and from where to where its bar reaches."""
+    mark, _, (line,) = container
+    return [*mark.get_xdata(), *line.get_segments()[0][:, 0]]
+
+
+@pytest.mark.parametrize("scale", ["before", "after"])
+def test_bars_on_a_logarithmic_axis_are_those_of_the_logarithms(scale):
+    """Whether the scale is chosen before or after ``dots``; none is cut at the left."""
+    figure, ax = plt.subplots()
+    table = pd.DataFrame({"random": [0.001, 0.01, 0.1], "markov": [1.0, np.nan, np.nan]})
+    table["image"] = np.nan  # draws nothing, and spoils nothing
+    if scale == "before":
+        ax.set_xscale("log")
+    figures.dots(ax, {"first": table})
+    ax.set_xscale("log")
+    layout.fit_bars(ax)
+    middle, low, high = np.exp(figures.t_interval(np.log([0.001, 0.01, 0.1])))
+    assert ends(ax.containers[0]) == pytest.approx([middle, low, high])
+    assert middle == pytest.approx(0.01) and ax.get_xlim()[0] < low and high < ax.get_xlim()[1]
+    assert layout.LOG_BARS in ax.notes
+    plt.close(figure)
+
+
+def test_a_value_of_zero_keeps_the_bars_of_the_values():
+    figure, ax = plt.subplots()
+    figures.dots(ax, {"first": pd.DataFrame({"random": [0.0, 1.0, 2.0], "markov": [1, 2, 3]})})
+    before = [ends(container) for container in ax.containers]
+    ax.set_xscale("log")
+    layout.fit_bars(ax)
+    assert [ends(container) for container in ax.containers] == before
+    assert layout.LOG_BARS not in ax.notes
+    plt.close(figure)
+
+
+def test_the_chosen_ticks_stay_in_view_on_a_logarithmic_axis():
+    figure, ax = plt.subplots()
+    figures.dots(ax, {"first": TABLE})
+    ax.set_xscale("log")
+    ax.set_xticks([1, 10], ["1", "10"])
+    layout.fit_bars(ax)
+    assert ax.get_xlim()[1] >= 10
+    plt.close(figure)
+
+
+def test_bars_end_where_the_quantity_ends():
+    figure, ax = plt.subplots()
+    figures.dots(ax, {"first": pd.DataFrame({"random": [0.5, 0.9, 1.0]})}, within=(0, 1))
+    mean, low, _ = figures.t_interval([0.5, 0.9, 1.0])
+    assert ends(ax.containers[0]) == pytest.approx([mean, low, 1])
+    plt.close(figure)
+
+
 def test_series_draw_means_side_by_side():
     figure, ax = plt.subplots()
     by_depth = pd.DataFrame({0.0: [1.0, 2.0, 3.0], 1.0: [2.0, 3.0, 4.0]})
@@ -208,6 +261,9 @@ def test_small_multiples_end_with_paired_differences():
     )
     figure = figures.small_multiples(curves, [*TABLE], "random", {"action_error": "error"})
     of_markov, end = figure.axes
+    low, high = of_markov.transData.transform([[0, 0], [200, 0]])[:, 0]
+    room = 5 * figure.dpi / 72  # points
+    assert of_markov.bbox.x0 < low - room and high + room < of_markov.bbox.x1  # marks are whole
     assert of_markov.get_title() == "markov" and len(of_markov.lines) == 5
     assert end.containers[0][0].get_xdata() == pytest.approx([0.6])
     plt.close(figure)
@@ -221,6 +277,91 @@ def test_strip_draws_one_mark_a_word():
     figures.name_marks(figure, figures.VERDICTS, figures.VERDICTS)
     assert len(figure.legends[0].legend_handles) == 3
     plt.close(figure)
+
+
+@pytest.mark.parametrize("number, rows", [(4, ["abcd"]), (5, ["abc", "de"]), (9, ["abc"] * 3)])
+def test_names_stand_in_rows_of_alike_length(number, rows):
+    """At most four in a row; they are read row by row, though matplotlib fills columns."""
+    figure, names = plt.figure(), "abcdefghi"[:number]
+    figures.name_marks(figure, names)
+    figure.draw_without_rendering()
+    places = {}
+    for text in figure.legends[0].get_texts():
+        x, y = text.get_window_extent().p0
+        places.setdefault(-round(y, -1), []).append((x, text.get_text()))
+    read = ["".join(name for _, name in sorted(row)) for _, row in sorted(places.items())]
+    assert [len(row) for row in read] == [len(row) for row in rows] and "".join(read) == names
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("decades", [0.6, 1.3, 1.9, 2.3, 3.2, 5])
+def test_numbers_of_a_logarithmic_axis_do_not_touch(decades):
+    figures.use_style()
+    figure, axes = plt.subplots(2, 1, figsize=(3.0, 4.0))
+    for ax in axes:
+        ax.plot(np.geomspace(0.03, 0.03 * 10**decades, 9))
+        figures.log_axis(ax)
+    figure.draw_without_rendering()
+    low, high = ax.get_ylim()
+    labels = [
+        label.get_window_extent()
+        for label in ax.get_yticklabels()
+        if label.get_text() and low <= label.get_position()[1] <= high
+    ]
+    assert len(labels) > 1
+    for below, above in itertools.pairwise(sorted(labels, key=lambda box: box.y0)):
+        assert below.y1 <= above.y0
+    plt.close(figure)
+
+
+def test_lines_to_compare_with_have_names_and_styles():
+    figure, ax = plt.subplots()
+    figures.reference(ax, 0.5, "half")
+    figures.reference_x(ax, 0.2, "left of it", "--", side="left")
+    figures.reference_x(ax, 0.2, "right of it")
+    names = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    at = ax.transData.transform((0.2, 0))[0]
+    assert names["left of it"].x1 < at < names["right of it"].x0 and "half" in names
+    assert [line.get_linestyle() for line in ax.lines] == [":", "--", ":"]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    "seeds, band", [(1, ""), (3, "band: range of the seeds"), (4, "band: 95 % bootstrap interval")]
+)
+def test_what_bands_and_bars_are_stands_below_the_figure_once(seeds, band):
+    """And only if they are drawn: of one seed there is neither."""
+    figure, axes = plt.subplots(1, 3)
+    values = np.random.default_rng(0).normal(size=(seeds, 5))
+    for ax in axes[:2]:
+        figures.band(ax, np.arange(5), values, "random")
+    figures.dots(axes[2], {"first": pd.DataFrame({"random": values[:, 0]})})
+    box = layout.framed(figure, dpi=100)
+    below = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
+    assert below.count("t-interval") == below.count("and: ") == below.count("lines") == (seeds > 1)
+    assert band in below and (box.y0 < 0) == (seeds > 1)
+    plt.close(figure)
+
+
+def test_a_picture_holds_what_sticks_out_of_its_figure():
+    figure, ax = plt.subplots(figsize=(1.0, 1.0))
+    title = ax.set_title("a title that is wider than its figure")
+    figure.legend([plt.Line2D([], [])], ["a name"], loc="outside lower center")
+    figures.band(ax, np.arange(5), np.zeros((3, 5)), "random")
+    box = layout.framed(figure, dpi=100)
+    for artist in (title, *figure.texts, *figure.legends):
+        inches = artist.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
+        assert box.x0 <= inches.x0 and box.y0 <= inches.y0
+        assert inches.x1 <= box.x1 and inches.y1 <= box.y1
+    legend, (text,) = figure.legends[0].get_window_extent(), figure.texts
+    assert text.get_window_extent().y1 <= legend.y0
+    plt.close(figure)
+
+
+def test_tables_show_whole_texts():
+    figures.use_style()
+    claim = "a claim of more than fifty letters, which is not to be cut anywhere"
+    assert claim in pd.DataFrame({"claim": [claim]}).to_html()
 
 
 def test_explore_draws_the_first_picture_in_a_batch_and_controls_otherwise(monkeypatch):

@@ -69,7 +69,7 @@ def in_this_process(folder):
     with (
         patch.dict(os.environ, DTLIB_FIGURES=str(folder)),
         patch.dict(dtlib_figures.STYLES),
-        patch.object(Figure, "draw_without_rendering"),
+        patch.object(dtlib_figures, "framed"),
         patch.object(Figure, "savefig", lambda figure, path, **_: path.touch()),
         plt.rc_context(),
         torch.enable_grad(),
