@@ -1,5 +1,6 @@
-# One image for a laptop, for Binder and, through Apptainer, for clusters. docs/many-machines.md
-# says how to build it with PyTorch for CPUs (2 GB) or, by default on Linux, for CUDA.
+# One image for a laptop and, through Apptainer, for clusters; Binder takes .binder/ instead.
+# docs/many-machines.md says how to build it with PyTorch for CPUs (2 GB) or, by default on Linux,
+# for CUDA.
 FROM python:3.11-slim-bookworm
 
 ARG NB_UID=1000

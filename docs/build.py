@@ -3,6 +3,8 @@
 Nothing is executed. Notebooks get the outputs that the batch kept in figures/PROFILE/NAME.
 """
 
+import html
+import json
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 DOCS, PAGES, BOOK = ROOT / "docs", ROOT / "build/pages", ROOT / "build/book"
 PROFILE = (sys.argv[1:] or ["laptop"])[0]
 # A link or a picture: [text](target), ![text](target).
+ADDRESS = os.environ.get("BOOK_REPOSITORY", "")  # https://github.com/owner/name, if it is known
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -45,7 +48,7 @@ def pages() -> dict[str, list[Path]]:
     return {
         "The questions": [ROOT / "notebooks/README.md", *notebooks()],
         "The answers": [ROOT / "figures/README.md", *sorted(DOCS.glob("see-*.md"))],
-        "For you": [
+        "Use it": [
             *sorted(DOCS.glob("how-*.md")),
             DOCS / "many-machines.md",
             ROOT / "benchmarks/README.md",
@@ -119,6 +122,9 @@ def with_results(page: Path) -> nbformat.NotebookNode:
     if other:
         title, newline, rest = today.cells[0].source.partition("\n")
         today.cells[0].source = f"{title} (profile {other}){newline}{rest}"
+    elif ADDRESS:
+        title, newline, rest = today.cells[0].source.partition("\n")
+        today.cells[0].source = f"{title}\n\n{ways_in(name, ADDRESS)}{newline}{rest}"
     code = [cell for cell in today.cells if cell.cell_type == "code"]
     stale = [cell for cell in code if (cell.id, cell.source) not in outputs]
     cells = []
@@ -138,8 +144,47 @@ def with_results(page: Path) -> nbformat.NotebookNode:
     return today
 
 
+def ways_in(name: str, address: str) -> str:
+    """Return words that open a notebook of the published repository on Binder or in Colab."""
+    repository = address.removeprefix("https://github.com/")
+    binder = f"https://mybinder.org/v2/gh/{repository}/main?urlpath=lab/tree/notebooks/{name}.ipynb"
+    where = "https://colab.research.google.com/github"
+    colab = f"{where}/{repository}/blob/main/notebooks/{name}.ipynb"
+    first = f"!git clone -q {address} dtlib && pip install -q ./dtlib\n%cd dtlib/notebooks"
+    return (
+        f"Run it [on Binder]({binder}), where the first visitor waits for minutes, or "
+        f"[in Colab]({colab}). Both are untested. In Colab run this first, in a new cell:\n\n"
+        f"```text\n{first}\n```\n"
+    )
+
+
+def uncut(table: str, rows: list[dict]) -> str:
+    """Return the HTML of a table of verdicts with the claims and rules that pandas cut off.
+
+    ``rows`` are the verdicts of the same notebook, in the same order.
+    """
+
+    def replace(line: re.Match) -> str:
+        row = rows[int(line[1])] if int(line[1]) < len(rows) else {}
+        return re.sub(r"<td>([^<]{30,})</td>", lambda cell: whole(cell[1], row), line[0])
+
+    def whole(text: str, row: dict) -> str:
+        start = html.unescape(text.removesuffix("..."))
+        if text.endswith("..."):
+            known = [value for value in row.values() if str(value).startswith(start)]
+            text = html.escape(known[0]) if known else text
+        return f'<td class="long">{text}</td>'
+
+    return re.sub(r"<tr>\s*<th>(\d+)</th>.*?</tr>", replace, table, flags=re.DOTALL)
+
+
 def finish(cell: nbformat.NotebookNode, folder: Path) -> list[nbformat.NotebookNode]:
-    """Fold a cell, describe its pictures; return captions of the figures that it draws."""
+    """Fold a cell, describe its pictures, mend its tables; return captions of its figures."""
+    results = folder / "results.json"
+    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    for output in cell.outputs:
+        if "text/html" in output.get("data", {}):
+            output.data["text/html"] = uncut(output.data["text/html"], known.get("verdicts", []))
     tags = cell.metadata.get("tags", [])
     if "measure" not in tags:
         cell.metadata["tags"] = [*tags, "hide-input"]
@@ -164,8 +209,8 @@ def finish(cell: nbformat.NotebookNode, folder: Path) -> list[nbformat.NotebookN
     return captions
 
 
-def list_figures(profile: Path) -> str:
-    """Return a page that lists the figures of a profile, notebook by notebook."""
+def list_figures(profile: Path, labels: set[str]) -> str:
+    """Return a page that lists the figures of a profile; those in ``labels`` stand in the book."""
     lines = [f"# All figures of {profile.relative_to(ROOT / 'figures')}"]
     for folder in sorted({png.parent for png in profile.rglob("*.png")}):
         lines += ["", f"## {folder.name.replace('_', ' ')}", ""]
@@ -173,7 +218,10 @@ def list_figures(profile: Path) -> str:
             where = png.relative_to(ROOT / "figures").with_suffix("")
             ends = [end for end in ("pdf", "csv") if png.with_suffix(f".{end}").exists()]
             links = ", ".join(f"[{end}]({where}.{end})" for end in ends)
-            lines.append(f"- {png.stem}: {links}")
+            label, name = f"figure-{profile.name}-{folder.name}-{png.stem}", png.stem
+            if label in labels:
+                name = f"[{name}](#{label})"
+            lines.append(f"- {name}: {links}")
     return "\n".join(lines) + "\n"
 
 
@@ -186,10 +234,11 @@ def gather() -> None:
     shutil.copyfile(scripts, PAGES / "_static/tex-svg.js")
     (PAGES / "_static/plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
     (PAGES / "extra").mkdir()
-    if (DOCS / "films").exists():
-        keep = shutil.ignore_patterns("*.md", "*.json")
-        shutil.copytree(DOCS / "films", PAGES / "extra/docs/films", ignore=keep)
-    parts, tocs = pages(), []
+    for name in ("films", "windows"):
+        if (DOCS / name).exists():
+            keep = shutil.ignore_patterns("*.md", "*.json")
+            shutil.copytree(DOCS / name, PAGES / "extra/docs" / name, ignore=keep)
+    parts, tocs, labels = pages(), [], set()
     known = {ROOT / "README.md", *(page for part in parts.values() for page in part)}
     for source in sorted(known):
         target = place(source)
@@ -204,6 +253,7 @@ def gather() -> None:
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = with_links(cell.source, source, known)
+                labels.update(re.findall(r"^\((figure-\S+)\)=", cell.source))
         nbformat.write(notebook, target)
     for title, part in parts.items():
         names = "\n".join(str(place(page).relative_to(PAGES).with_suffix("")) for page in part)
@@ -214,7 +264,7 @@ def gather() -> None:
     ):
         page = PAGES / f"figures/{profile.name}.md"
         source = ROOT / f"figures/{profile.name}.md"
-        page.write_text(with_links(list_figures(profile), source, known), encoding="utf-8")
+        page.write_text(with_links(list_figures(profile, labels), source, known), encoding="utf-8")
         listed.append(f"figures/{profile.name}")
     tocs.append("```{toctree}\n:hidden:\n:caption: All figures\n\n" + "\n".join(listed) + "\n```\n")
     with open(PAGES / "index.md", "a", encoding="utf-8") as index:

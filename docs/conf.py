@@ -42,6 +42,5 @@ if repository := os.environ.get("BOOK_REPOSITORY"):  # https://github.com/owner/
     html_theme_options |= {
         "repository_url": repository,
         "use_repository_button": True,
-        "path_to_docs": ".",
-        "launch_buttons": {"binderhub_url": "https://mybinder.org"},
+        "repository_branch": "main",
     }

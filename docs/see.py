@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from dtlib.figures import COLOURS
 
 ROOT = Path(__file__).parents[1]
-FIGURES, FILMS = ROOT / "figures", ROOT / "docs/films"
+FIGURES, FILMS, WINDOWS = ROOT / "figures", ROOT / "docs/films", ROOT / "docs/windows"
 PLACE = "*In the book, it stands here: `make book`.*"
 HTML = "\n```{{raw}} html\n{}\n```\n"
 
@@ -77,11 +77,20 @@ def attention() -> dict | None:
     table = read("07_*/maps*.csv")
     if table.empty:
         return None
+    # What two profiles share, a run of the same settings, is shown once.
+    table = table.drop_duplicates([name for name in table if name != "profile"])
     table["setting"] = table.profile + ", " + table.task
     names = ["setting", "initialisation", "epoch", "block", "head", "query", "key", "weight"]
     given = {"rows": rows(table, names), "first": int(table.epoch.min())}
     given["menus"] = menus(table, "setting", "initialisation", "block", "head")
     return given | {"last": int(table.epoch.max())}
+
+
+def looks() -> dict | None:
+    """Return every weight of every head on three windows, from scripts/make_windows.py."""
+    if not (path := WINDOWS / "weights.json").exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def judged() -> dict | None:
@@ -118,16 +127,17 @@ def gallery() -> str:
 
 
 def filled(page: Path, text: str) -> str:
-    """Return the text of a page docs/see-*.md with what stands in the place of its last line."""
+    """Return the text of a page docs/see-*.md with what stands in the places of PLACE."""
     drawn = {"kind": "lines", "colours": {name: to_hex(c) for name, c in COLOURS.items()}}
     kinds = {
-        "see-curves": (curves, drawn),
-        "see-change": (changes, drawn),
-        "see-attention": (attention, {"kind": "maps"}),
-        "see-verdicts": (judged, {"kind": "verdicts"}),
+        "see-curves": [(curves, drawn)],
+        "see-change": [(changes, drawn)],
+        "see-attention": [(looks, {"kind": "windows"}), (attention, {"kind": "maps"})],
+        "see-verdicts": [(judged, {"kind": "verdicts"})],
     }
     if page.stem == "see-films":
         return text.replace(PLACE, gallery())
-    table, kind = kinds[page.stem]
-    found = table()
-    return text.replace(PLACE, explorer(found and found | kind))
+    for table, kind in kinds[page.stem]:
+        found = table()
+        text = text.replace(PLACE, explorer(found and found | kind), 1)
+    return text

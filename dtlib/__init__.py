@@ -4,7 +4,7 @@ Read the core in this order: tasks, data, model, starts, config, build, train, e
 idea runs through it: values (config) become objects (build), objects give numbers (train,
 evaluate), and numbers go to disk (runs). Each step happens once.
 
-Shapes in docstrings and comments use these letters:
+Shapes in docstrings and comments use these letters::
 
     B  windows or episodes side by side      S  dimensions of a state
     K  time steps of a window (context)      A  dimensions of an action

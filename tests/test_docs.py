@@ -1,5 +1,6 @@
 """The worked changes of docs/how-to-add.md apply, and the lines under them run."""
 
+import base64
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +66,19 @@ def test_films_are_small_and_described():
         (ROOT / "docs/films/films.json").read_text(encoding="utf-8")
     ).keys()
     assert all(film.stat().st_size <= 300_000 for film in films)
+
+
+def test_windows_are_small_and_their_weights_sum_to_one():
+    folder, known = ROOT / "docs/windows", see.looks()
+    assert {path.stem for path in folder.glob("*.webp")} == {*known["menus"]["window"]}
+    assert all(path.stat().st_size <= 100_000 for path in folder.glob("*.webp"))
+    tokens = 3 * known["context"]
+    lines = np.tril_indices(tokens)[0]
+    for model in known["models"].values():
+        for block in (*model["before"], *model["after"]):
+            assert [*block] == known["menus"]["window"]
+            for packed in block.values():
+                heads = np.frombuffer(base64.b64decode(packed), "<u2").reshape(-1, len(lines))
+                for weights in heads:
+                    sums = np.bincount(lines, weights) / 65535
+                    assert np.allclose(sums, 1, atol=tokens / 65535)

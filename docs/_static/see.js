@@ -22,7 +22,8 @@ function explore(box, { rows, menus, draw }) {
 
 const values = (rows, name) => [...new Set(rows.map(row => String(row[name])))];
 const mean = numbers => numbers.reduce((sum, value) => sum + value, 0) / numbers.length;
-const plain = { responsive: true, displaylogo: false };
+const plain = { responsive: true, displayModeBar: false };
+const aroundWhite = [[0, "#2166ac"], [0.5, "#ffffff"], [1, "#b2182b"]];
 
 // One line a starting point: the mean of the seeds, their range, and each seed thin.
 function lines(box, { rows, menus, x, y, colours, measures }) {
@@ -55,7 +56,23 @@ function lines(box, { rows, menus, x, y, colours, measures }) {
   update();
 }
 
-// Weights of one head between the three kinds of tokens: before, after, difference.
+// Three maps, before, after and difference: side by side, on a narrow screen below each other.
+function three(below, traces, look = {}) {
+  const wide = below.clientWidth > 600, titles = ["before", "after", "difference"];
+  const axes = ["", "2", "3"], layout = { annotations: [], plot_bgcolor: "#d8d8d8", margin: { t: 40, r: 10 },
+    grid: { rows: wide ? 1 : 3, columns: wide ? 3 : 1, pattern: "independent", ygap: 0.25 } };
+  axes.forEach((end, i) => {
+    traces[i] = { type: "heatmap", showscale: false, ...traces[i], xaxis: "x" + end, yaxis: "y" + end };
+    layout["xaxis" + end] = { ...look };
+    layout["yaxis" + end] = { ...look, autorange: "reversed" };
+    layout.annotations.push({ text: titles[i], showarrow: false, xref: `x${end} domain`,
+      yref: `y${end} domain`, x: 0.5, y: 1, yanchor: "bottom" });
+  });
+  below.style.height = wide ? "" : "1100px";
+  return Plotly.react(below, traces, layout, plain);
+}
+
+// Weights of one head between the three kinds of tokens.
 function maps(box, { rows, menus, first, last }) {
   const kinds = values(rows, "query");
   const draw = fitting => {
@@ -63,21 +80,76 @@ function maps(box, { rows, menus, first, last }) {
       row.query === query && row.key === key && row.epoch === epoch).map(row => row.weight))));
     const [before, after] = [grid(first), grid(last)];
     const change = after.map((line, i) => line.map((value, j) => value - before[i][j]));
-    const look = { type: "heatmap", x: kinds, y: kinds, texttemplate: "%{z:.2f}", showscale: false,
+    const look = { x: kinds, y: kinds, texttemplate: "%{z:.2f}",
       hovertemplate: "%{y} looks at %{x}: %{z:.3f}<extra></extra>" };
     const all = { ...look, colorscale: "Blues", reversescale: true, zmin: 0, zmax: 1 };
-    const traces = [{ ...all, z: before }, { ...all, z: after, xaxis: "x2", yaxis: "y2" },
-      { ...look, z: change, colorscale: "RdBu", zmid: 0, xaxis: "x3", yaxis: "y3" }];
-    const titles = ["before", "after", "difference"].map((text, i) => ({ text, showarrow: false,
-      xref: "paper", yref: "paper", x: (i + 0.5) / 3, y: 1.1 }));
-    const layout = { grid: { rows: 1, columns: 3, pattern: "independent" }, annotations: titles,
-      margin: { t: 50, r: 10 } };
-    for (const axis of ["yaxis", "yaxis2", "yaxis3"]) layout[axis] = { autorange: "reversed" };
-    Plotly.react(below, traces, layout, plain);
+    three(below, [{ ...all, z: before }, { ...all, z: after },
+      { ...look, z: change, colorscale: aroundWhite, zmid: 0 }]);
   };
   const [below, update] = explore(box, { rows, menus, draw });
   below.className = "plot";
   update();
+  window.addEventListener("resize", update);
+}
+
+// Weights of one head on one window, token by token, below the window's frames.
+function windows(box, { models, menus, context }) {
+  const kinds = ["R̂", "s", "a"], tokens = 3 * context, steps = [...Array(context).keys()];
+  const name = i => `${kinds[i % 3]} of step ${Math.floor(i / 3) + 1}`;
+  const rows = text => { // for each head, rows of weights without the future
+    const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+    const numbers = new DataView(bytes.buffer), heads = [];
+    for (let at = 0; at < bytes.length;) {
+      const own = [];
+      for (let i = 0; i < tokens; i++) {
+        own.push(Array.from({ length: i + 1 }, (_, j) => numbers.getUint16(at + 2 * j, true) / 65535));
+        at += 2 * (i + 1);
+      }
+      heads.push(own);
+    }
+    return heads;
+  };
+  const times = (weights, others) => weights.map((row, i) =>
+    row.map((value, j) => Math.log2(Math.max(value, 1e-5) / Math.max(others[i][j], 1e-5))));
+  const even = Array.from({ length: tokens }, (_, i) => Array(i + 1).fill(1 / (i + 1)));
+  const draw = (_, { model, block, head, window }) => {
+    const [before, after] = ["before", "after"].map(when =>
+      rows(models[model.value][when][block.value][window.value]));
+    [...head.options].forEach((option, i) => { option.disabled = i >= before.length; });
+    if (head.selectedOptions[0].disabled) head.value = "0";
+    const [old, now] = [before[head.value], after[head.value]];
+    const words = old.map((row, i) => row.map((value, j) => `${name(i)} looks at ${name(j)}:<br>`
+      + `before ${value.toFixed(3)}, after ${now[i][j].toFixed(3)}, even ${even[i][j].toFixed(3)}`));
+    const all = { colorscale: aroundWhite, zmin: -3, zmax: 3, text: words,
+      hovertemplate: "%{text}<extra></extra>" };
+    frames.forEach(frame => {
+      frame.className = "";
+      frame.firstChild.style.backgroundImage = `url(windows/${window.value}.webp)`;
+    });
+    const ticks = { tickvals: steps.filter(i => i % 5 === 4).map(i => 3 * i + 1),
+      ticktext: steps.filter(i => i % 5 === 4).map(i => i + 1), showgrid: false, zeroline: false };
+    return three(below, [times(old, even), times(now, even), times(now, old)].map(z =>
+      ({ ...all, z })), ticks);
+  };
+  const [under, update] = explore(box, { rows: [], menus, draw });
+  const strip = under.appendChild(document.createElement("div"));
+  strip.className = "frames";
+  strip.role = "img";
+  strip.ariaLabel = `The robot at each of the ${context} steps`;
+  const frames = steps.map(i => {
+    const frame = strip.appendChild(document.createElement("span"));
+    frame.append(document.createElement("i"), `step ${i + 1}`);
+    frame.firstChild.style.backgroundPosition = `${100 * i / (context - 1)}% 0`;
+    return frame;
+  });
+  const below = under.appendChild(document.createElement("div"));
+  below.className = "plot";
+  update().then(() => below.on("plotly_hover", ({ points: [{ x, y }] }) =>
+    frames.forEach((frame, i) => {
+      frame.classList.toggle("from", i === Math.floor(y / 3));
+      frame.classList.toggle("to", i === Math.floor(x / 3));
+    })));
+  window.addEventListener("resize", update);
 }
 
 // One line a verdict, that opens: the rule, the effect with its interval, the notebook.
@@ -122,7 +194,7 @@ function films(box) {
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".explorer").forEach(box => {
     const given = JSON.parse(box.querySelector("script").textContent);
-    ({ lines, maps, verdicts })[given.kind](box, given);
+    ({ lines, maps, verdicts, windows })[given.kind](box, given);
   });
   document.querySelectorAll(".film-gallery").forEach(films);
 });

@@ -3,13 +3,16 @@
 `python tests/browser/check_book.py [--shots FOLDER] [WORD]` after `make book`. Needs playwright and
 a Chromium: playwright's own, or the one that CHROMIUM names. Ends with 1 and a list if anything is
 wrong: a console error, a failed request, a page that scrolls sideways, a picture without words, a
-serious finding of axe about accessibility, a menu or a film that does nothing.
+serious finding of axe about accessibility, a menu or a film that does nothing, a link to a file or
+an anchor that is not there.
 """
 
 import argparse
 import os
+import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, sync_playwright
@@ -67,18 +70,50 @@ def unmoved(page: Page) -> list[str]:
     for path in sorted(BOOK.glob("docs/see-*.html")):
         page.goto(path.as_uri())
         page.wait_for_timeout(1000)
-        if box := page.query_selector(".explorer"):
-            menus, before = box.query_selector_all("select"), box.inner_html()
-            many = [menu for menu in menus if len(menu.query_selector_all("option")) > 1]
-            many[-1].select_option(index=1)
-            page.wait_for_timeout(1000)
-            if box.inner_html() == before:
-                found.append(f"{path.name}: a menu changes nothing")
+        for box in page.query_selector_all(".explorer"):
+            for label in box.query_selector_all("label"):
+                menu, before = label.query_selector("select"), box.inner_html()
+                chosen = menu.input_value()
+                for other in menu.query_selector_all("option:not(:checked):not(:disabled)")[:1]:
+                    menu.select_option(other.inner_text())
+                    page.wait_for_timeout(1000)
+                    if box.inner_html() == before:
+                        name = label.inner_text().split("\n")[0]
+                        found.append(f"{path.name}: {name!r} changes nothing")
+                    menu.select_option(chosen)
+            if strip := box.query_selector(".frames"):
+                box.query_selector(".plot").scroll_into_view_if_needed()
+                box.query_selector(".plot .nsewdrag").hover()
+                page.wait_for_timeout(500)
+                if not strip.query_selector(".from"):
+                    found.append(f"{path.name}: a weight under the mouse marks no frame")
         if film := page.query_selector(".films img"):
             film.click()
-            page.wait_for_function("film => film.complete && film.naturalWidth", arg=film)
-            if not film.get_attribute("src").endswith(".webp"):
+            page.wait_for_function("film => film.src.endsWith('webp') && film.complete", arg=film)
+            pictures = {film.screenshot() for _ in range(5) if not page.wait_for_timeout(400)}
+            if len(pictures) < 2:
                 found.append(f"{path.name}: a film does not play")
+    return found
+
+
+def dead_links() -> list[str]:
+    """Return a complaint for each link inside the book whose file or anchor is absent."""
+    texts = {
+        page: page.read_text(encoding="utf-8")
+        for page in BOOK.rglob("*.html")
+        if "_static" not in page.parts
+    }
+    anchors = {page: {*re.findall(r'\bid="([^"]+)"', text)} for page, text in texts.items()}
+    found = []
+    for page, text in texts.items():
+        links = re.findall(
+            r'\b(?:href|src)="(?!https?:|mailto:|data:)([^"?#]*)[^"#]*#?([^"]*)"', text
+        )
+        for path, anchor in {*links}:
+            target = (page.parent / unquote(path)).resolve() if path else page
+            known = anchors.get(target, {anchor})
+            if not target.exists() or (anchor and unquote(anchor) not in known):
+                found.append(f"{page.relative_to(BOOK)}: {path}#{anchor} leads nowhere")
     return found
 
 
@@ -104,7 +139,8 @@ def main() -> None:
         wrong += unmoved(context.new_page())
         wrong += search(context.new_page(), "attention distance", "07_attention_distance")
         browser.close()
-    print("\n".join(wrong) or f"{len(chosen)} pages, the search and the controls work.")
+    wrong += dead_links()
+    print("\n".join(wrong) or f"{len(chosen)} pages, the search, the controls and the links work.")
     raise SystemExit(bool(wrong))
 
 
