@@ -9,34 +9,17 @@ after fine-tuning, as 16-bit numbers, row by row without the future.
 from base64 import b64encode
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import torch
 from PIL import Image
 
-from dtlib import batch, data, probe, profiles, runs
+from dtlib import batch, data, figures, probe, profiles, runs
 from dtlib.config import RunConfig
 from dtlib.storage import write_text
-from dtlib.tasks import Task, get_task
+from dtlib.tasks import get_task
 
 ROOT = Path(__file__).parents[1]
-FOLDER, SIDE, EPISODE = ROOT / "docs/windows", (72, 96), 0  # width and height of a frame
-
-
-def frames(task: Task, states: np.ndarray) -> Image.Image:
-    """Return pictures of raw ``states`` (K, S) side by side. A state lacks the robot's place."""
-    look = {"render_mode": "rgb_array", "width": SIDE[0], "height": SIDE[1], "camera_name": "track"}
-    environment = task.make_environment(**look).unwrapped
-    environment.reset(seed=0)
-    free = environment.model.nq - 1
-    pictures = []
-    for state in states:
-        place = np.concatenate([[0.0], state[:free]])
-        environment.set_state(place, state[free:].astype(np.float64))
-        mujoco.mj_forward(environment.model, environment.data)
-        pictures.append(environment.render())
-    environment.close()
-    return Image.fromarray(np.concatenate(pictures, axis=1))
+FOLDER, EPISODE = ROOT / "docs/windows", 0
 
 
 def packed(weights: torch.Tensor) -> str:
@@ -61,7 +44,9 @@ def main() -> None:
     windows = sampler.windows(torch.tensor(list(places.values())))
     FOLDER.mkdir(exist_ok=True)
     for name, row in places.items():
-        drawn = frames(task, trajectories.observations[row : row + context])
+        states = trajectories.observations[row : row + context]
+        pictures = figures.render(task, states, camera_name="track")
+        drawn = Image.fromarray(np.concatenate(pictures, axis=1))
         drawn.save(FOLDER / f"{name}.webp", quality=60, method=6)
     models = {
         name: {

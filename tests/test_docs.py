@@ -1,6 +1,7 @@
 """The worked changes of docs/how-to-add.md apply, and the lines under them run."""
 
 import base64
+import html
 import json
 import os
 import re
@@ -82,3 +83,17 @@ def test_windows_are_small_and_their_weights_sum_to_one():
                 for weights in heads:
                     sums = np.bincount(lines, weights) / 65535
                     assert np.allclose(sums, 1, atol=tokens / 65535)
+
+
+def test_claims_that_pandas_cut_are_whole_in_the_book():
+    pytest.importorskip("mathjax")
+    import build
+
+    rows = [{"claim": "a" * 60, "seeds": 3}, {"claim": "b" * 40 + " & " + "c" * 20}]
+    table = "".join(
+        f"<tr><th>{i}</th><td>{html.escape(row['claim'][:47])}...</td><td>1</td></tr>"
+        for i, row in enumerate([*rows, {"claim": "d" * 60}])
+    )
+    found = re.findall(r'<td class="long">(.*?)</td>', build.uncut(table, rows))
+    wholes = [html.escape(row["claim"]) for row in rows]
+    assert found == [*wholes, "d" * 47 + "..."]  # of the third nothing is known

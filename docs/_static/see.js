@@ -1,5 +1,9 @@
 // Explorers and films: plain functions over the tables that the build put into the page.
 
+// What menus are called, where the tables say it otherwise.
+const called = { initialisation: "starting point", model: "starting point", task: "robot" };
+const plainly = text => (called[text] || String(text)).replaceAll("_", " ");
+
 // A labelled menu for each column named in `menus`; calls `draw` with the rows that fit.
 function explore(box, { rows, menus, draw }) {
   const controls = box.appendChild(document.createElement("div"));
@@ -11,8 +15,8 @@ function explore(box, { rows, menus, draw }) {
   for (const [name, values] of Object.entries(menus)) {
     const label = controls.appendChild(document.createElement("label"));
     const menu = document.createElement("select");
-    label.append(name.replaceAll("_", " "), menu);
-    values.forEach(value => menu.add(new Option(value)));
+    label.append(plainly(name), menu);
+    values.forEach(value => menu.add(new Option(String(value).replaceAll("_", " "), value)));
     menu.onchange = update;
     chosen[name] = menu;
   }
