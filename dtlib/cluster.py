@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import socket
 import time
 import traceback
@@ -59,8 +60,10 @@ def connected(scheduler: str, slurm: str = "") -> Iterator[None]:
 
 def _slurm_jobs(text: str) -> object:
     """Return a scheduler in this process that keeps Slurm jobs with one worker a core running."""
+    before = signal.getsignal(signal.SIGINT)
     from dask_jobqueue import SLURMCluster
 
+    signal.signal(signal.SIGINT, before)  # its import would let Ctrl-C exit without a word
     cache = f"export DTLIB_CACHE={str(cache_root())!r}"
     options = {"cores": 1, "memory": "4GB", "job_script_prologue": [cache]}
     options["log_directory"] = str(cache_root() / "logs")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -92,8 +93,10 @@ def test_no_scheduler_is_one_sentence(monkeypatch):
     for text in ("tcp://127.0.0.1:9", "nonsense:"):
         with pytest.raises(UserError, match="No Dask scheduler answers at"):
             cluster.connected(text).__enter__()
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match="expected JSON with jobs and arguments of SLURMCluster"):
         cluster.connected("", "{jobs: 3}").__enter__()
+    assert signal.getsignal(signal.SIGINT) is before  # dask_jobqueue would exit without a word
 
 
 def test_workers_that_fit_are_taken(workers):
