@@ -181,9 +181,10 @@ def test_three_steps_have_the_same_losses_and_returns(name, synthetic):
     values = stored["common"] | expected["config"] | {"dataset": str(synthetic)}
     run = runs.fine_tune(RunConfig(**values))
     for ours, theirs in zip(run.metrics, expected["metrics"], strict=True):
-        assert ours["action_error"] == pytest.approx(theirs["action_error"], rel=1e-6)
+        # 1e-6 on the kind of processor that wrote these numbers, 4e-6 on another kind.
+        assert ours["action_error"] == pytest.approx(theirs["action_error"], rel=1e-5)
         if theirs["epoch"] > 0:
-            assert ours["training_loss"] == pytest.approx(theirs["training_loss"], rel=1e-6)
+            assert ours["training_loss"] == pytest.approx(theirs["training_loss"], rel=1e-5)
         # Contacts magnify the last digit that another processor may round otherwise; a robot then
         # falls a step earlier or later. The short rollout below has no such contact.
         assert ours["lengths"] == pytest.approx(theirs["lengths"], abs=2)
