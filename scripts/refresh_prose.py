@@ -1,6 +1,6 @@
 """Give the executed notebooks in figures/ today's text, without running anything.
 
-    python scripts/refresh_prose.py            # figures/*/*/executed.ipynb, those that can be
+    python scripts/refresh_prose.py            # figures/**/executed.ipynb, those that can be
 
 The Markdown of notebooks/NAME.ipynb replaces that of each copy; cells are matched by their id. Code
 cells and what they showed stay as they are. A copy whose code is not today's is named and left
@@ -45,7 +45,7 @@ def refreshed(copy: NotebookNode, today: NotebookNode, home: Path, folder: Path)
 def main() -> None:
     """Refresh all copies; print the folder of each that changed or was left alone."""
     home = repository() / "notebooks"
-    for path in sorted((repository() / "figures").glob("*/*/executed.ipynb")):
+    for path in sorted((repository() / "figures").rglob("executed.ipynb")):
         copy = nbformat.read(path, as_version=4)
         today = nbformat.read(home / f"{path.parent.name}.ipynb", as_version=4)
         before = path.read_text(encoding="utf-8")
