@@ -240,13 +240,13 @@ def _side_by_side(
     options = ["--figures", str(figures), *(f"--set={text}" for text in texts)]
 
     def run_one(job: Job) -> float:
-        began, options_here = time.time(), ["--profile", job.values["profile"], *options]
+        began, options_here = time.monotonic(), ["--profile", job.values["profile"], *options]
         command = [sys.executable, "-m", "dtlib", "figures", job.path.stem, *options_here]
         done = subprocess.run(command, capture_output=True, text=True, cwd=job.path.parents[1])
         if done.returncode:
             raise UserError(done.stderr.strip().split("Error: ")[-1])
         print(f"{job.path.stem} is done.", flush=True)
-        return time.time() - began
+        return time.monotonic() - began
 
     last = [job for job in jobs if _about(job.path).get("after others")]
     first = [job for job in jobs if job not in last]

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from dtlib.config import RunConfig
 from dtlib.devices import choose_device
 from dtlib.errors import UserError
+from dtlib.parallel import ADDRESS
 from dtlib.progress import tqdm
 from dtlib.records import run_folder
 from dtlib.storage import cache_root, digest, locked, temporary_name, versions
@@ -34,7 +35,6 @@ except ImportError as error:
     needs = "Work on other machines needs Dask: pip install -e '.[cluster]' here and on them."
     raise UserError(needs) from error
 
-ADDRESS = "DTLIB_SCHEDULER"  # in the environment: the scheduler that runs go to
 AGAIN = "give the same command again: finished runs and epochs are kept"
 TRIES = 20  # workers that a run may lose; it goes on from its last epoch with each
 
@@ -43,15 +43,14 @@ TRIES = 20  # workers that a run may lose; it goes on from its last epoch with e
 def connected(scheduler: str, slurm: str = "") -> Iterator[None]:
     """Send all runs inside the ``with`` to ``scheduler``, or to Slurm jobs that are started here.
 
-    ``slurm`` is JSON: "jobs" (their number) and arguments of dask_jobqueue.SLURMCluster. Waits for
-    a first worker and checks all that are there. Raises UserError.
+    ``slurm`` is JSON: "jobs" (their number) and arguments of dask_jobqueue.SLURMCluster. Checks the
+    workers before anything else is done. Raises UserError.
     """
     with contextlib.ExitStack() as stack:
         if slurm:
             scheduler = stack.enter_context(_slurm_jobs(slurm)).scheduler_address
         client = stack.enter_context(_client(scheduler))
         print(f"Runs go to {scheduler}; what its workers do: {client.dashboard_link}", flush=True)
-        _wait_for_a_worker(client)
         check_workers(client)
         stack.callback(os.environ.pop, ADDRESS, None)
         os.environ[ADDRESS] = scheduler
@@ -66,7 +65,7 @@ def _slurm_jobs(text: str) -> object:
     signal.signal(signal.SIGINT, before)  # its import would let Ctrl-C exit without a word
     cache = f"export DTLIB_CACHE={str(cache_root())!r}"
     options = {"cores": 1, "memory": "4GB", "job_script_prologue": [cache]}
-    options["log_directory"] = str(cache_root() / "logs")
+    options["log_directory"] = str(_logs())
     try:
         options |= json.loads(text)
         jobs = options.pop("jobs", 1)
@@ -92,18 +91,14 @@ def _client(scheduler: str) -> Client:
         ) from error
 
 
-def _wait_for_a_worker(client: Client) -> None:
-    if not client.nthreads():
-        print("Waiting for the first worker.", flush=True)
-    while not client.nthreads():
-        time.sleep(0.5)
+def _logs() -> Path:
+    return cache_root() / "logs"
 
 
-def about(device: str = "auto") -> dict[str, str]:
+def about() -> dict[str, str]:
     """Return what must be the same on all workers, for their results to be of one kind."""
-    return {"dtlib": _sources(), "Python": platform.python_version(), **versions()} | {
-        "device": choose_device(device)
-    }
+    known = {"dtlib": _sources(), "Python": platform.python_version(), **versions()}
+    return known | {"device": choose_device()}
 
 
 @functools.cache
@@ -128,11 +123,17 @@ def _look(token: str) -> dict:
     return found | {"host": socket.gethostname(), "cache": str(cache_root())}
 
 
-def check_workers(client: Client) -> None:
-    """Raise UserError unless every worker fits: one thread, our cache, our versions, its own card.
+def check_workers(client: Client) -> dict[str, str]:
+    """Wait for a first worker; return what ``about`` must be on all of them.
 
-    Says where results of different processors would differ, and where locks reach one machine only.
+    Raises UserError unless each that is there has one thread, our cache, our versions and a card of
+    its own. Says where results of different processors would differ, and where locks reach one
+    machine only.
     """
+    if not client.nthreads():
+        print("Waiting for the first worker.", flush=True)
+    while not client.nthreads():
+        time.sleep(0.5)
     for address, threads in client.nthreads().items():
         if threads > 1:
             raise UserError(
@@ -147,7 +148,7 @@ def check_workers(client: Client) -> None:
         finally:
             path.unlink()
     first, cards = next(iter(found.values()))["about"], set()
-    ours = about("cpu") | {"device": first["device"]}  # a node that only submits may have no card
+    ours = about() | {"device": first["device"]}  # a node that only submits may have no card
     for address, seen in found.items():
         if seen["token"] != path.name:
             raise UserError(
@@ -166,6 +167,7 @@ def check_workers(client: Client) -> None:
         print("Locks of this cache stay on one machine: start no second command on it meanwhile.")
     if len({seen.get("processor") for seen in found.values()}) > 1:
         print("Workers have different processors: their results differ in the last digits.")
+    return ours
 
 
 def check_same(theirs: dict, ours: dict, worker: str) -> None:
@@ -185,13 +187,10 @@ def run_all(job: Callable, items: list, description: str) -> list:
     walltime loses its run to another one. All others end before an error is raised.
     """
     with _client(os.environ[ADDRESS]) as client:
-        _wait_for_a_worker(client)
-        device = client.submit(choose_device, pure=False).result()
-        expected = about("cpu") | {"device": device}
+        expected, names = check_workers(client), [name_of(item) for item in items]
         futures = [
             client.submit(_task, job, item, expected, name, key=f"{name}-{time.time_ns()}")
-            for item in items
-            for name in [name_of(item)]
+            for item, name in zip(items, names, strict=True)
         ]
         with tqdm(total=len(items), desc=description, unit="run") as bar:
             while bar.n < len(items):
@@ -201,8 +200,8 @@ def run_all(job: Callable, items: list, description: str) -> list:
                 if client.status == "running":
                     busy = sum(map(bool, client.processing().values()))
                     bar.set_postfix_str(f"{busy} running, {states.count('error')} failed")
-        os.listdir(cache_root())  # a network disk may remember what was absent before
-        return _results(futures, items)
+        list(cache_root().glob("*/*"))  # a network disk may remember what was absent before
+        return _results(dict(zip(names, futures, strict=True)))
 
 
 def name_of(item: object) -> str:
@@ -210,28 +209,31 @@ def name_of(item: object) -> str:
     return run_folder(item).name if isinstance(item, RunConfig) else item.name
 
 
-def _results(futures: list, items: list) -> list:
-    """Return the results. Raises the first error, and UserError if the scheduler is gone."""
-    ended = {name_of(item): future for item, future in zip(items, futures, strict=True)}
-    if any(future.status in ("cancelled", "lost") for future in futures):
+def _results(ended: dict[str, object]) -> list:
+    """Return the results of futures that have ended, by the names of their runs.
+
+    Raises the first error, and UserError if the scheduler is gone.
+    """
+    if any(future.status in ("cancelled", "lost") for future in ended.values()):
         text = f"The scheduler at {os.environ[ADDRESS]} is gone: start it and its workers, then"
         raise UserError(f"{text} {AGAIN}.")
     failed = [name for name, future in ended.items() if future.status == "error"]
-    for name in failed:
-        error, log = ended[name].exception(), cache_root() / "logs" / f"{name}.log"
-        print(f"{len(failed)} of {len(items)} failed, first {name}: see {log}.", flush=True)
-        if isinstance(error, KilledWorker):
-            text = f"Each of several workers that got {name} died, perhaps for lack of memory"
-            raise UserError(f"{text}: {AGAIN}.") from error
-        raise error
-    return [future.result() for future in futures]
+    if not failed:
+        return [future.result() for future in ended.values()]
+    name, error = failed[0], ended[failed[0]].exception()
+    log = _logs() / f"{name}.log"
+    print(f"{len(failed)} of {len(ended)} failed, first {name}: see {log}.", flush=True)
+    if isinstance(error, KilledWorker):
+        text = f"Each of several workers that got {name} died, perhaps for lack of memory"
+        raise UserError(f"{text}: {AGAIN}.") from error
+    raise error
 
 
 def _task(job: Callable, item: object, expected: dict, name: str) -> object:
     """Run one job on a worker; write what happens into the cache's logs/NAME.log."""
     check_same(about(), expected, socket.gethostname())
-    (cache_root() / "logs").mkdir(parents=True, exist_ok=True)
-    with open(cache_root() / "logs" / f"{name}.log", "a", encoding="utf-8") as file:
+    _logs().mkdir(parents=True, exist_ok=True)
+    with open(_logs() / f"{name}.log", "a", encoding="utf-8") as file:
         done, said = 0, time.monotonic()
 
         def say(text: str) -> None:

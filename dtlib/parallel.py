@@ -21,6 +21,8 @@ from dtlib.errors import UserError
 from dtlib.progress import tqdm
 from dtlib.storage import temporary_folder
 
+ADDRESS = "DTLIB_SCHEDULER"  # in the environment: the Dask scheduler that runs go to
+
 
 def run_all(
     job: Callable,
@@ -38,7 +40,7 @@ def run_all(
     one item, all happens in this process. Where DTLIB_SCHEDULER names a Dask scheduler, its workers
     do it on their devices. Raises UserError for an absent device and when a worker is killed.
     """
-    if items and "DTLIB_SCHEDULER" in os.environ:
+    if items and ADDRESS in os.environ:
         from dtlib import cluster  # needs Dask
 
         return cluster.run_all(job, items, description)
