@@ -15,7 +15,8 @@ ENV HOME=/home/reader
 WORKDIR /home/reader/dtlib
 ENV PATH=/home/reader/dtlib/.venv/bin:$PATH MUJOCO_GL=egl
 
-# constraints.txt pins every version. The address of PyTorch's builds for CPUs, from PyTorch's installation page; empty: pip's choice.
+# The address of PyTorch's builds for CPUs, from PyTorch's installation page; empty: pip's choice.
+# constraints.txt pins every other version.
 ARG TORCH_INDEX=""
 # hadolint ignore=DL3013
 RUN python -m venv .venv \

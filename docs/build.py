@@ -21,8 +21,8 @@ from plotly.offline import get_plotlyjs
 ROOT = Path(__file__).parents[1]
 DOCS, PAGES, BOOK = ROOT / "docs", ROOT / "build/pages", ROOT / "build/book"
 PROFILE = (sys.argv[1:] or ["laptop"])[0]
-# A link or a picture: [text](target), ![text](target).
 ADDRESS = os.environ.get("BOOK_REPOSITORY", "")  # https://github.com/owner/name, if it is known
+# A link or a picture: [text](target), ![text](target).
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -119,12 +119,14 @@ def with_results(page: Path) -> nbformat.NotebookNode:
     if kept.exists():
         executed = nbformat.read(kept, as_version=4).cells
         outputs = {(c.id, c.source): c.outputs for c in executed if c.cell_type == "code"}
+    title, newline, rest = today.cells[0].source.partition("\n")
     if other:
-        title, newline, rest = today.cells[0].source.partition("\n")
-        today.cells[0].source = f"{title} (profile {other}){newline}{rest}"
+        title += f" (profile {other})"
     elif ADDRESS:
-        title, newline, rest = today.cells[0].source.partition("\n")
-        today.cells[0].source = f"{title}\n\n{ways_in(name, ADDRESS)}{newline}{rest}"
+        title += f"\n\n{ways_in(name, ADDRESS)}"
+    today.cells[0].source = title + newline + rest
+    results = kept.with_name("results.json")
+    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     code = [cell for cell in today.cells if cell.cell_type == "code"]
     stale = [cell for cell in code if (cell.id, cell.source) not in outputs]
     cells = []
@@ -132,7 +134,7 @@ def with_results(page: Path) -> nbformat.NotebookNode:
         cells.append(cell)
         if cell.cell_type == "code":
             cell.outputs = outputs.get((cell.id, cell.source), [])
-            cells += finish(cell, kept.parent)
+            cells += finish(cell, kept.parent, found.get("verdicts", []))
     if stale:
         missing = "No results of this notebook are kept for"
         if len(stale) < len(code):
@@ -178,13 +180,13 @@ def uncut(table: str, rows: list[dict]) -> str:
     return re.sub(r"<tr>\s*<th>(\d+)</th>.*?</tr>", replace, table, flags=re.DOTALL)
 
 
-def finish(cell: nbformat.NotebookNode, folder: Path) -> list[nbformat.NotebookNode]:
+def finish(
+    cell: nbformat.NotebookNode, folder: Path, verdicts: list[dict]
+) -> list[nbformat.NotebookNode]:
     """Fold a cell, describe its pictures, mend its tables; return captions of its figures."""
-    results = folder / "results.json"
-    known = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     for output in cell.outputs:
         if "text/html" in output.get("data", {}):
-            output.data["text/html"] = uncut(output.data["text/html"], known.get("verdicts", []))
+            output.data["text/html"] = uncut(output.data["text/html"], verdicts)
     tags = cell.metadata.get("tags", [])
     if "measure" not in tags:
         cell.metadata["tags"] = [*tags, "hide-input"]

@@ -267,16 +267,16 @@ def tokens(
     ax.axis("off")
 
 
-def render(task: Task, states: np.ndarray, pixels: int = 160, **look) -> list[np.ndarray]:
+def render(task: Task, states: np.ndarray, pixels: int = 160, **options) -> list[np.ndarray]:
     """Return a frame (height, width, 3) for each of ``states`` (n, S), unscaled observations.
 
-    ``look`` goes to the environment, such as ``camera_name``.
+    ``options`` go to the environment, such as ``camera_name``.
 
     Where this machine cannot draw off screen there are no frames, and a sentence says so.
     """
     try:
-        look = {"render_mode": "rgb_array", "height": pixels, "width": pixels} | look
-        env = task.make_environment(**look)
+        options = {"render_mode": "rgb_array", "height": pixels, "width": pixels} | options
+        env = task.make_environment(**options)
         env.reset(seed=0)
         positions, frames = env.unwrapped.model.nq - 1, []
         for state in states.astype(float):  # joint positions without the horizontal one, velocities
