@@ -188,7 +188,8 @@ def test_three_steps_have_the_same_losses_and_returns(name, synthetic):
         # Contacts magnify the last digit that another processor may round otherwise; a robot then
         # falls a step earlier or later. The short rollout below has no such contact.
         assert ours["lengths"] == pytest.approx(theirs["lengths"], abs=2)
-        assert ours["returns"] == pytest.approx(theirs["returns"], rel=0.02)
+        same = ours["lengths"] == theirs["lengths"]
+        assert ours["returns"] == pytest.approx(theirs["returns"], rel=1e-3 if same else 0.02)
     episodes = evaluate.rollout(
         run.load_model(),
         HOPPER,
