@@ -58,50 +58,29 @@ def use_style() -> None:
     pd.set_option("display.max_colwidth", None)
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, low, high (...) of ``values`` (seeds, ...): 95 % bootstrap, of 3 seeds the range."""
-    values = np.asarray(values, dtype=np.float64)
-    seeds, mean = len(values), values.mean(axis=0)
-    # How often each of 10,000 resamples draws each seed: one product gives all their means.
-    draws = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=10_000)
-    means = draws / seeds @ values.reshape(seeds, -1)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0).reshape(2, *mean.shape)
-    if seeds == 1:
-        return mean, low * np.nan, high * np.nan
-    return mean, np.minimum(low, mean), np.maximum(high, mean)  # rounding can part equal seeds
+def t_interval(values: np.ndarray) -> tuple:
+    """Mean of ``values`` (seeds, ...) and the ends of its 95 % t-interval, each of shape (...).
 
-
-def t_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of ``values`` (seeds,) and its 95 % t-interval, which is NaN below three seeds."""
+    Below three seeds the ends are NaN. This is the only interval in this repository.
+    """
     values = np.asarray(values, dtype=np.float64)
-    if (seeds := len(values)) < 3:
-        return values.mean() if seeds else np.nan, np.nan, np.nan
-    mean, half = values.mean(), special.stdtrit(seeds - 1, 0.975) * values.std(ddof=1) / seeds**0.5
+    seeds = len(values)
+    mean = values.mean(axis=0) if seeds else np.nan
+    if seeds < 3:
+        return mean, mean * np.nan, mean * np.nan
+    half = special.stdtrit(seeds - 1, 0.975) * values.std(axis=0, ddof=1) / seeds**0.5
     return mean, mean - half, mean + half
 
 
 def span(values: np.ndarray, form: str = ".2f") -> str:
-    """``interval`` of ``values`` (seeds,) as "mean [low, high]"; of one seed the value alone."""
-    mean, low, high = interval(values)
+    """``t_interval`` of ``values`` (seeds,) as "mean [low, high]"; below three, the mean alone."""
+    mean, low, high = t_interval(values)
     return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
 def sentence(text: str) -> None:
     """Print a paragraph in lines of at most 100 columns."""
     print(textwrap.fill(" ".join(text.split()), 100))
-
-
-def band(ax: plt.Axes, x: np.ndarray, values: np.ndarray, label: str, colour=None) -> None:
-    """Draw ``values`` (seeds, points) in the style of ``label``: mean, interval, each seed thin."""
-    own, marker, line = STYLES.get(label, (None, "", "-"))
-    mean, low, high = interval(values)
-    style = {"color": colour or own, "marker": marker, "markevery": max(1, len(x) // 8)}
-    colour = ax.plot(x, mean, line, label=label, **style)[0].get_color()
-    ax.plot(x, np.transpose(values), line, color=colour, linewidth=0.6, alpha=0.5)
-    ax.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
-    if len(values) > 1:
-        shown = "range of the seeds" if len(values) < 4 else "95 % bootstrap interval of the mean"
-        note(ax, "thin lines: seeds", f"band: {shown}")
 
 
 def look(name: str, **own) -> dict:

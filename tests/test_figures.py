@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from dtlib import figures, layout
 from dtlib.errors import UserError
@@ -17,51 +18,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-def test_interval_against_every_possible_resample(seeds):
-    values = np.random.default_rng(1).normal(size=(seeds, 4))
-    everything = np.array(
-        [values[list(draw)].mean(axis=0) for draw in itertools.product(range(seeds), repeat=seeds)]
-    )
-    expected = np.percentile(everything, [2.5, 97.5], axis=0, method="inverted_cdf")
-    mean, low, high = figures.interval(values)
-    np.testing.assert_allclose(mean, values.mean(axis=0))
-    # The resamples are a draw from all those that exist: the spread of a mean scales the error.
-    np.testing.assert_allclose(
-        [low, high], expected, atol=0.05 * everything.std(axis=0).max() if seeds > 3 else 1e-12
-    )
-
-
-def test_interval_of_three_seeds_is_their_range_and_of_one_seed_unknown():
-    values = np.array([[1.0, 5.0], [2.0, 3.0], [9.0, 4.0]])
-    _, low, high = figures.interval(values)
-    np.testing.assert_allclose([low, high], [values.min(axis=0), values.max(axis=0)])
-    mean, low, high = figures.interval(values[:1])
-    assert mean.tolist() == [1.0, 5.0]
-    assert np.isnan([low, high]).all()
-
-
-def test_interval_of_equal_seeds_holds_their_mean():
-    for hits in range(1, 30):
-        mean, low, high = figures.interval(np.full((3, 1), 100 * hits / 29))
-        assert low <= mean <= high
-
-
-def test_interval_keeps_shape_and_repeats():
+def test_t_interval_against_scipy():
     values = np.random.default_rng(2).normal(size=(4, 2, 3))
-    first, second = figures.interval(values), figures.interval(values)
-    for a, b in zip(first, second, strict=True):
-        assert a.shape == (2, 3)
-        assert (a == b).all()
-    assert [np.shape(part) for part in figures.interval(np.arange(4.0))] == [(), (), ()]
+    mean, low, high = figures.t_interval(values)
+    expected = stats.t.interval(0.95, 3, values.mean(axis=0), stats.sem(values, axis=0))
+    np.testing.assert_allclose([low, high], expected)
+    np.testing.assert_allclose(mean, values.mean(axis=0))
+    assert [np.shape(part) for part in figures.t_interval(np.arange(4.0))] == [(), (), ()]
+
+
+def test_t_interval_below_three_seeds_is_unknown():
+    for seeds in (1, 2):
+        mean, *ends = figures.t_interval(np.full((seeds, 2), 5.0))
+        assert mean.tolist() == [5.0, 5.0]
+        assert np.isnan(ends).all()
+    assert np.isnan(figures.t_interval([])).all()
 
 
 def draw() -> plt.Figure:
     figures.use_style()
     figure, ax = plt.subplots()
-    values = np.random.default_rng(3).normal(size=(3, 10)).cumsum(axis=1)
-    figures.band(ax, np.arange(10), values, "random-matched", figures.COLOURS["random-matched"])
-    figures.band(ax, np.arange(10), values + 3, "something new", None)
+    values = np.random.default_rng(3).normal(size=(2, 10)).cumsum(axis=1)
+    for name, own in zip(("random-matched", "something new"), values, strict=True):
+        ax.plot(own, label=name, **figures.look(name))
     ax.legend()
     return figure
 
@@ -71,19 +50,6 @@ def test_a_figure_is_described_in_words():
     figure.axes[0].set(title="hopper", xlabel="step", ylabel="action error")
     words = "Two curves. hopper: action error against step. random-matched, something new."
     assert figures.alt_text(figure, "two_curves") == words
-
-
-def test_band_draws_mean_seeds_and_interval():
-    ax = draw().axes[0]
-    assert len(ax.lines) == 2 * (1 + 3)
-    assert len(ax.collections) == 2
-    assert ax.lines[0].get_linestyle() == "--" and ax.lines[0].get_marker() == "v"
-    assert {line.get_color() for line in ax.lines[:4]} == {figures.COLOURS["random-matched"]}
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-        "random-matched",
-        "something new",
-    ]
-    plt.close("all")
 
 
 def test_styles_differ_without_colour():
@@ -326,20 +292,16 @@ def test_lines_to_compare_with_have_names_and_styles():
     plt.close(figure)
 
 
-@pytest.mark.parametrize(
-    "seeds, band", [(1, ""), (3, "band: range of the seeds"), (4, "band: 95 % bootstrap interval")]
-)
-def test_what_bands_and_bars_are_stands_below_the_figure_once(seeds, band):
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_what_marks_and_bars_are_stands_below_the_figure_once(seeds):
     """And only if they are drawn: of one seed there is neither."""
-    figure, axes = plt.subplots(1, 3)
-    values = np.random.default_rng(0).normal(size=(seeds, 5))
-    for ax in axes[:2]:
-        figures.band(ax, np.arange(5), values, "random")
-    figures.dots(axes[2], {"first": pd.DataFrame({"random": values[:, 0]})})
+    figure, axes = plt.subplots(1, 2)
+    for ax in axes:
+        figures.dots(ax, {"first": pd.DataFrame({"random": np.arange(seeds)})})
     box = layout.framed(figure, dpi=100)
     below = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
-    assert below.count("t-interval") == below.count("and: ") == below.count("lines") == (seeds > 1)
-    assert band in below and (box.y0 < 0) == (seeds > 1)
+    assert below.count("t-interval") == below.lower().count("small marks") == (seeds > 1)
+    assert (box.y0 < 0) == (seeds > 1)
     plt.close(figure)
 
 
@@ -347,7 +309,7 @@ def test_a_picture_holds_what_sticks_out_of_its_figure():
     figure, ax = plt.subplots(figsize=(1.0, 1.0))
     title = ax.set_title("a title that is wider than its figure")
     figure.legend([plt.Line2D([], [])], ["a name"], loc="outside lower center")
-    figures.band(ax, np.arange(5), np.zeros((3, 5)), "random")
+    layout.note(ax, "what is drawn")
     box = layout.framed(figure, dpi=100)
     for artist in (title, *figure.texts, *figure.legends):
         inches = artist.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
@@ -477,10 +439,7 @@ def test_a_figure_that_cannot_be_drawn_leaves_nothing_behind(repository, tmp_pat
 
 
 def test_words_and_paragraphs(capsys):
-    assert (
-        figures.span([0.5]) == "0.50"
-        and figures.span(np.array([1.0, 1.0]), ".1f") == "1.0 [1.0, 1.0]"
-    )
+    assert figures.span([0.5]) == "0.50" and figures.span(np.ones(3), ".1f") == "1.0 [1.0, 1.0]"
     figures.sentence("one\n   two " + 60 * "word ")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("one two word") and max(map(len, lines)) <= 100 and len(lines) == 4
