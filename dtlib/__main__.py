@@ -68,7 +68,7 @@ def describe(run: object) -> str:
 @app.command()
 def figures(
     notebooks: list[str] = typer.Argument(None, help="Numbers or names, such as 00 03; or all."),
-    profile: str = typer.Option("laptop", help="smoke, laptop, full, real, gpu or paper."),
+    profile: str = typer.Option("laptop", help="smoke, laptop, seeds, full, real, gpu or paper."),
     figures: str = typer.Option("", help="Folder; default: figures, in the repository."),
     settings: list[str] = SETTINGS,
     plan: bool = typer.Option(False, "--plan", help="Say what it would cost, and stop."),
