@@ -171,6 +171,7 @@ def run(
     root, elsewhere = repository(), scheduler or slurm
     settings = settings if isinstance(settings, dict) else list(settings)
     jobs = plan(root / "notebooks", profile, notebooks, settings)
+    jobs.sort(key=lambda job: bool(_about(job.path).get("after others")))  # it reads their results
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
     lacks = [text for text in lacks if not (elsewhere and text == profiles.NO_CARD)]
     if lacks and not only_plan:
