@@ -57,11 +57,10 @@ def describe(run: object) -> str:
     lines = [str(run.path), " ".join(f"{name}={value}" for name, value in vars(run.config).items())]
     for row in run.metrics:
         mean = sum(row["returns"]) / len(row["returns"])
-        line = f"epoch {row['epoch']:>3}   action error {row['action_error']:.4f}"
-        line += f"   return {mean:>7.1f}"
-        for name, score in get_task(run.config.task).scores(mean).items():
-            line += f"   {name} {score:>5.1f}"
-        lines.append(line)
+        scores = get_task(run.config.task).scores(mean).items()
+        parts = [f"epoch {row['epoch']:>3}", f"action error {row['action_error']:.4f}"]
+        parts += [f"return {mean:>7.1f}", *(f"{name} {score:>5.1f}" for name, score in scores)]
+        lines.append("   ".join(parts))
     return "\n".join(lines)
 
 
@@ -80,15 +79,6 @@ def figures(
 
     figures = str(storage.typed(figures)) if figures else "figures"
     batch.run(profile, notebooks, settings or [], figures, plan, scheduler, slurm)
-
-
-@app.command()
-def compare(profile: str = "laptop", figures: str = "figures") -> None:
-    """Compare the verdicts in FIGURES/PROFILE with the committed ones."""
-    from dtlib import compare
-    from dtlib.storage import repository
-
-    typer.echo(compare.compare(repository() / figures / profile))
 
 
 @app.command()
@@ -209,11 +199,10 @@ def doctor() -> None:
         said = (done.stderr if done.returncode else done.stdout).strip()
         said = said or f"the process ended with status {done.returncode}"
         line(label, needed_by, done.returncode == 0, said.splitlines()[-1])
-    cache = cache_root().absolute()
+    cache = cache_root()
     root = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    free = shutil.disk_usage(root).free / 1e9
-    enough = free > 2 and os.access(root, os.W_OK)
-    line("disk", "", enough, f"{free:.0f} GB free at {root}; needed: 2 GB, writable")
+    free, writable = shutil.disk_usage(root).free / 1e9, os.access(root, os.W_OK)
+    line("disk", "", free > 2 and writable, f"{free:.0f} GB free at {root}; needed: 2, writable")
     for host in HOSTS:
         reason = unreachable(host)
         line("network", "downloads of profile paper", not reason, f"{host} {reason or 'answers'}")

@@ -3,7 +3,6 @@
 import ast
 import base64
 import contextlib
-import fcntl
 import io
 import json
 import logging
@@ -13,7 +12,7 @@ import subprocess
 import symtable
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,19 +25,12 @@ from nbformat import NotebookNode
 from PIL import Image
 from traitlets.config import Config
 
-from dtlib import profiles
+from dtlib import profiles, storage
 from dtlib.compare import compare
 from dtlib.config import RunConfig
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.settings import fit, parse_settings
-from dtlib.storage import (
-    cache_root,
-    repository,
-    sweep_cache,
-    temporary_folder,
-    write_text,
-    writing,
-)
+from dtlib.storage import cache_root, write_text
 
 
 class Job(NamedTuple):
@@ -52,13 +44,11 @@ class Job(NamedTuple):
 def defaults(path: Path) -> dict[str, object]:
     """Return names and values of a notebook's cell tagged "parameters". Raises UserError."""
     cells = nbformat.read(path, as_version=4).cells
-    try:
+    what = f"Notebook {path.stem} needs one cell tagged 'parameters'"
+    with explained(what, "write lines like seeds = [0]", ValueError, SyntaxError, AttributeError):
         (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
         lines = ast.parse(cell.source).body
         return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-    except (ValueError, SyntaxError, AttributeError) as error:
-        needs = "needs one cell tagged 'parameters' of lines like seeds = [0]"
-        raise UserError(f"Notebook {path.stem} {needs} ({error}).") from error
 
 
 def find(folder: Path, wanted: list[str] | None) -> list[Path]:
@@ -128,16 +118,12 @@ def asked_for(path: Path, values: dict[str, object]) -> list[RunConfig]:
             chosen, wanted = [cell], used  # the first such cell is the last one here
         elif defined & wanted:
             chosen, wanted = [cell, *chosen], used | wanted
-    quiet = contextlib.redirect_stdout(io.StringIO())
-    try:
-        with patch.object(runs, "fine_tuned", note), contextlib.suppress(_AskedFor), quiet:
-            for cell in chosen:
-                exec(cell.source, scope)
-                scope.update(values if "parameters" in cell.metadata.get("tags", []) else {})
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"Notebook {path.stem}: {type(error).__name__}: {error}.") from error
+    what, advice = f"Notebook {path.stem} fails before it asks for runs", "run it to see where"
+    asked, quiet = contextlib.suppress(_AskedFor), contextlib.redirect_stdout(io.StringIO())
+    with explained(what, advice, Exception), patch.object(runs, "fine_tuned", note), asked, quiet:
+        for cell in chosen:
+            exec(cell.source, scope)
+            scope.update(values if "parameters" in cell.metadata.get("tags", []) else {})
     return found
 
 
@@ -167,8 +153,8 @@ def run(
     does no more with ``only_plan``. With ``scheduler`` or ``slurm`` (see cluster.connected) all
     runs are trained there first, and notebooks then run side by side here. Raises UserError.
     """
-    sweep_cache()
-    root, elsewhere = repository(), scheduler or slurm
+    storage.sweep_cache()
+    root, elsewhere = storage.repository(), scheduler or slurm
     settings = settings if isinstance(settings, dict) else list(settings)
     jobs = plan(root / "notebooks", profile, notebooks, settings)
     jobs.sort(key=lambda job: bool(_about(job.path).get("after others")))  # it reads their results
@@ -261,21 +247,10 @@ def _about(path: Path) -> dict:
     return nbformat.read(path, as_version=4).metadata.get("dtlib", {})
 
 
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder against other batches; without a word where its disk gives no locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"Another process writes into {folder}: waiting for it.", flush=True)
-                fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(held)
+def alone(folder: Path) -> contextlib.AbstractContextManager:
+    """Hold a folder of figures against other batches that share this cache."""
+    name = f"{folder.name}-{storage.digest(str(folder))[:8]}"
+    return storage.locked(cache_root() / "figures" / name)
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -306,7 +281,7 @@ def execute(job: Job, root: Path, folder: Path) -> None:
     settings = {"cwd": root, "kernel_name": "python3", "language": "python"}
     # The second shows progress inside a cell.
     settings |= {"progress_bar": {"desc": name}, "stderr_file": sys.stderr}
-    with writing(copy), temporary_folder() as home:
+    with storage.writing(copy), storage.temporary_folder() as home:
         write_kernel_spec(Path(home, "kernels/python3"), extra_arguments=["--log-level=CRITICAL"])
         about = {"DTLIB_FIGURES": str(folder.parents[1]), "DTLIB_OVERRIDES": json.dumps(job.chosen)}
         about |= {"DTLIB_CACHE": str(cache_root()), "JUPYTER_RUNTIME_DIR": home}

@@ -28,7 +28,7 @@ class Parts:
     optimiser: torch.optim.Optimizer
     further_loss: losses.LanguageLosses | None  # paper B's
     validation_rows: Tensor  # (512,): the action error's windows, from all episodes
-    train_rows: Tensor | None  # rows that the run learns from; None: all
+    train_rows: Tensor | None = None  # rows that the run learns from; None: all
 
 
 def build(config: RunConfig, device: str) -> Parts:
@@ -38,20 +38,13 @@ def build(config: RunConfig, device: str) -> Parts:
     options = {name: getattr(config, name) for name in OPTIONS}
     model = build_model(config.initialisation, config.size, task, config.seed, **options)
     further_loss = losses.add_language(config, model, device)
-    rows = None
+    optimiser = train.make_optimiser(model, config.learning_rate)
+    rows = draw(stream_seed(0, "action error"), sampler.number_of_steps, VALIDATION_WINDOWS)
+    parts = Parts(task, trajectories, sampler, model, optimiser, further_loss, rows.to(device))
     if config.data_fraction < 1:
-        rows = torch.from_numpy(trajectories.rows_of(config.data_fraction, config.seed))
-    validation = draw(stream_seed(0, "action error"), sampler.number_of_steps, VALIDATION_WINDOWS)
-    return Parts(
-        task=task,
-        trajectories=trajectories,
-        sampler=sampler,
-        model=model,
-        optimiser=train.make_optimiser(model, config.learning_rate),
-        further_loss=further_loss,
-        validation_rows=validation.to(device),
-        train_rows=rows,
-    )
+        rows = trajectories.rows_of(config.data_fraction, config.seed)
+        parts.train_rows = torch.from_numpy(rows)
+    return parts
 
 
 def load_data(config: RunConfig, progress: bool = True) -> data.Trajectories:

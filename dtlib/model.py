@@ -61,12 +61,9 @@ class DecisionTransformer(nn.Module):
         hidden = self.hidden(tokens[:, :-1], STATE_TOKENS)  # no prediction sees the last action
         return self.predict_action(hidden)
 
-    def act(
-        self, states: Tensor, actions: Tensor, returns_to_go: Tensor, time_steps: Tensor
-    ) -> Tensor:
-        """Like ``forward(...)[:, -1]`` (B, A), without computing the last block's other tokens."""
-        tokens = self.embed(states, actions, returns_to_go, time_steps)
-        return self.predict_action(self.hidden(tokens[:, :-1], LAST)[:, 0])
+    def act(self, *window: Tensor) -> Tensor:
+        """Like ``forward(*window)[:, -1]`` (B, A), without the last block's other tokens."""
+        return self.predict_action(self.hidden(self.embed(*window)[:, :-1], LAST)[:, 0])
 
     def predict_action(self, hidden: Tensor) -> Tensor:
         """Return actions (..., A) from the state tokens' final hidden states (..., D)."""
@@ -110,21 +107,17 @@ class DecisionTransformer(nn.Module):
 
     def _attention(self, block: nn.Module, hidden: Tensor, only: slice) -> Tensor:
         """Return a block's attention branch for the W tokens ``only``: (B, T, D) → (B, W, D)."""
-        batch, tokens, width = hidden.shape
-        split = block.attn.c_attn(block.ln_1(hidden)).view(
-            batch, tokens, 3, block.attn.num_heads, -1
-        )
+        split = block.attn.c_attn(block.ln_1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4)  # each (B, H, T, D/H)
         drop = self.config.attn_pdrop if self.training else 0.0
         if drop and not hidden.is_cuda:  # torch has no fused kernel with dropout on a CPU
             scores = query[:, :, only] @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-            future = torch.full((tokens, tokens), -torch.inf, dtype=scores.dtype).triu(1)[only]
+            future = torch.full((key.shape[2],) * 2, -torch.inf, dtype=scores.dtype).triu(1)[only]
             mixed = add_dropped(None, (scores + future).softmax(-1), drop) @ value
         elif only == LAST:  # the last token sees all
             mixed = scaled_dot_product_attention(query[:, :, only], key, value, dropout_p=drop)
         else:
-            mixed = scaled_dot_product_attention(query, key, value, dropout_p=drop, is_causal=True)[
-                :, :, only
-            ]
-        merged = mixed.transpose(1, 2).reshape(batch, -1, width)  # (B, H, W, D/H) → (B, W, D)
+            mixed = scaled_dot_product_attention(query, key, value, dropout_p=drop, is_causal=True)
+            mixed = mixed[:, :, only]
+        merged = mixed.transpose(1, 2).flatten(2)  # (B, H, W, D/H) → (B, W, D)
         return block.attn.c_proj(merged.contiguous())

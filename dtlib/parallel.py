@@ -27,7 +27,6 @@ ADDRESS = "DTLIB_SCHEDULER"  # in the environment: the Dask scheduler that runs 
 def run_all(
     job: Callable,
     items: list,
-    *,
     total: int,
     description: str,
     device: str = "cpu",

@@ -15,7 +15,7 @@ from dtlib.config import RETIRED, RunConfig
 from dtlib.pretraining.language import text_files
 from dtlib.sources.files import data_files
 from dtlib.starts import get_starting_point, pretrained_size, weights_folder
-from dtlib.storage import cache_root, digest, sweep_cache, typed, versions, write_text
+from dtlib.storage import cache_root, digest, sweep_cache, typed, write_text
 from dtlib.tasks import get_task
 from dtlib.weights import is_usual, weights_files
 from dtlib.wikipedia.losses import corpus_of
@@ -44,10 +44,9 @@ def unfinished() -> list[str]:
         step, state = 0, folder / "resume.safetensors"
         with contextlib.suppress(OSError, SafetensorError), safe_open(state, "pt") as file:
             step = json.loads(file.metadata()["progress"])["metrics"][-1]["step"]
-        runs = folder.with_name(f"{folder.name}.lock").exists()
-        lines.append(
-            f"{folder.name}   {'running' if runs else 'interrupted'}, saved at step {step}"
-        )
+        locked = folder.with_name(f"{folder.name}.lock").exists()
+        how = "running" if locked else "interrupted"
+        lines.append(f"{folder.name}   {how}, saved at step {step}")
     return lines
 
 
@@ -55,7 +54,7 @@ def digests(config: RunConfig) -> dict[str, str]:
     """Return digests of all files that ``config`` points to, which its run's name covers.
 
     Files that were not downloaded yet are left out: see runs.fine_tuned. Of data collected here
-    the name says nothing: Run.refuse_other_data compares the fingerprint.
+    the name says nothing: runs.fine_tuned compares the fingerprint.
     """
     names = filter(None, (config.initialisation, config.donor, config.words))
     weights = [weights_digest(name, config.size, config.seed) for name in names]
@@ -113,35 +112,29 @@ def write_record(
     donor = None if config.donor is None else model.h[config.swapped_block].attn.config.to_dict()
     statistics = {"state_mean": known.state_mean.tolist(), "state_std": known.state_std.tolist()}
     where = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    seconds = progress["seconds"]
     kept = [checkpoint_name(epoch) for epoch in sorted({0, config.epochs, *config.checkpoints})]
-    begun = {key: progress[key] for key in ("begun_with",) if key in progress}
+    how = {key: progress[key] for key in ("seconds", "versions", "begun_with") if key in progress}
     record = {
         "config": dataclasses.asdict(config) | found,
         "backbone": model.config.to_dict(),
         "donor": donor,
         "metrics": progress["metrics"],
         "data": {"fingerprint": known.fingerprint, "summary": known.summary(), **statistics},
-        "provenance": {"device": where, "seconds": seconds, "versions": versions(), **begun},
+        "provenance": {"device": where, **how},
         "checkpoints": {name: digest(folder / name) for name in kept},
     }
-    write_text(folder / "run.json", {"checksum": _checksum(record), **record})
+    write_text(folder / "run.json", {"checksum": digest(json.dumps(record)), **record})
 
 
 def read_record(folder: Path) -> tuple[RunConfig, dict]:
     """Return a finished run's config and record. Raises ValueError if run.json was changed."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    values = dict(record["config"])
-    found = {name: values.pop(name, None) for name in DIGESTS}
+    checksum, values = record.pop("checksum"), dict(record["config"])
+    found = {name: code for name in DIGESTS if (code := values.pop(name, None)) is not None}
     for name, default in RETIRED.items():
         if values.pop(name, default) != default:
             raise ValueError(f"this version has no {name}")
     config = RunConfig(**values)
-    name = config.name({key: value for key, value in found.items() if value is not None})
-    if record["checksum"] != _checksum(record) or name != folder.name:
+    if checksum != digest(json.dumps(record)) or config.name(found) != folder.name:
         raise ValueError("run.json was changed")
     return config, record
-
-
-def _checksum(record: dict) -> str:
-    return digest(json.dumps({k: v for k, v in record.items() if k != "checksum"}))

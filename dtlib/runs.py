@@ -1,7 +1,6 @@
 """A fine-tuning run on disk: a config goes in, checkpoints and metrics come out."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,25 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtlib import storage
+from dtlib import records, storage
 from dtlib.build import Parts, build, draw_rows, load_data
 from dtlib.config import RunConfig
 from dtlib.controls import swap_block
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.evaluate import rollout
 from dtlib.model import DecisionTransformer
 from dtlib.parallel import one_thread, run_all
-from dtlib.records import (
-    checkpoint_name,
-    digests,
-    fetch_weights,
-    read_record,
-    run_folder,
-    write_record,
-)
 from dtlib.seeding import stream_seed
 from dtlib.starts import blank_model
-from dtlib.storage import digest
 from dtlib.tasks import get_task
 from dtlib.train import action_error, learning_rate_at, train_epoch
 from dtlib.weights import load_checkpoint
@@ -53,21 +43,11 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """Open a finished run's folder. Raises UserError if it was changed."""
-        try:
-            config, record = read_record(path)
+        kinds = (OSError, ValueError, TypeError, KeyError, AttributeError, UserError)
+        advice = "move that folder away and run again"
+        with explained(f"The run in {path} is damaged", advice, *kinds):
+            config, record = records.read_record(path)
             return cls(config, path, record, record["metrics"])
-        except (OSError, ValueError, TypeError, KeyError, UserError) as error:
-            raise UserError(
-                f"The run in {path} is damaged ({error}): move that folder away and run again."
-            ) from error
-
-    def refuse_other_data(self, fingerprint: str) -> None:
-        """Raise UserError unless the run learnt from the data of ``fingerprint``."""
-        if self.record["data"]["fingerprint"] != fingerprint:
-            raise UserError(
-                f"The run in {self.path} learnt from other data than {self.config.dataset!r} has "
-                "now: bring the old data back, or move that folder away to train on the new data."
-            )
 
     @property
     def stands_still(self) -> bool:
@@ -85,11 +65,11 @@ class Run:
 
         Raises UserError for an epoch that was not kept and for a file that was changed.
         """
-        path = self.path / checkpoint_name(self.config.epochs if epoch is None else epoch)
+        path = self.path / records.checkpoint_name(self.config.epochs if epoch is None else epoch)
         known = self.record["checkpoints"]
         if path.name not in known:
             raise UserError(f"{self.path} has no {path.name}: choose one of {', '.join(known)}.")
-        if not path.is_file() or digest(path) != known[path.name]:
+        if not path.is_file() or storage.digest(path) != known[path.name]:
             raise UserError(f"{path} was changed or removed: move its folder away and run again.")
         model = self._empty_model(self.record["backbone"])
         if self.record["donor"] is not None:
@@ -113,24 +93,23 @@ def fine_tuned(
     every run resumable from its last finished epoch. Raises UserError if the device is absent, the
     data cannot be loaded, a training diverges, or a finished run learnt from other data.
     """
-    prints = {}
-    for config in configs:  # collected or downloaded once: names depend on it
-        fetch_weights(config)
-        if (key := _data_of(config)) not in prints:
-            prints[key] = load_data(config, progress).fingerprint
-    folders = {config: run_folder(config) for config in configs}
-    missing = [config for config, folder in folders.items() if not folder.exists()]
-    for config in folders.keys() - {*missing}:
-        Run.open(folders[config]).refuse_other_data(prints[_data_of(config)])
-    run_all(
-        fine_tune,
-        missing,
-        total=sum(config.epochs * config.steps_per_epoch for config in missing),
-        description=f"fine-tuning {len(missing)} runs",
-        device=device,
-        processes=processes,
-        progress=progress and bool(missing),
-    )
+    prints, folders, missing = {}, {}, []
+    for config in dict.fromkeys(configs):
+        records.fetch_weights(config)  # names depend on them, and on data that are downloaded
+        data = config.task, config.dataset, config.dataset_steps, config.delayed_rewards
+        if data not in prints:
+            prints[data] = load_data(config, progress).fingerprint
+        folders[config] = folder = records.run_folder(config)
+        if not folder.exists():
+            missing.append(config)
+        elif Run.open(folder).record["data"]["fingerprint"] != prints[data]:
+            raise UserError(
+                f"The run in {folder} learnt from other data than {config.dataset!r} has now: "
+                "bring the old data back, or move that folder away."
+            )
+    steps = sum(config.epochs * config.steps_per_epoch for config in missing)
+    about = f"fine-tuning {len(missing)} runs"
+    run_all(fine_tune, missing, steps, about, device, processes, progress)
     runs = [Run.open(folders[config]) for config in configs]
     if still := [run.path.name for run in runs if run.stands_still]:
         print(
@@ -138,10 +117,6 @@ def fine_tuned(
             f"Try a lower learning_rate or action_head=separate. First: {still[0]}."
         )
     return runs
-
-
-def _data_of(config: RunConfig) -> tuple:
-    return config.task, config.dataset, config.dataset_steps, config.delayed_rewards
 
 
 def fine_tune(
@@ -152,7 +127,7 @@ def fine_tune(
     Of several processes that ask for one run, one trains and the others wait. A run appears under
     its name only when it is whole; until then it grows in ``.partial``.
     """
-    final = run_folder(config)
+    final = records.run_folder(config)
     cards = [torch.cuda.current_device()] if device == "cuda" else []
     with storage.growing(final) as folder:
         if folder is None:
@@ -166,7 +141,7 @@ def fine_tune(
 
 def train_run(config: RunConfig, folder: Path, device: str, on_steps: OnSteps) -> None:
     """Train in ``folder``, from the last finished epoch if there is one, and write its record."""
-    parts, found = build(config, device), digests(config)
+    parts, found = build(config, device), records.digests(config)
     if folder.name != config.name(found):
         raise UserError(f"A file that {folder.name} is made from changed meanwhile: run again.")
 
@@ -178,39 +153,30 @@ def train_run(config: RunConfig, folder: Path, device: str, on_steps: OnSteps) -
         seconds["training"] += trained - began
         seconds["evaluation"] += time.perf_counter() - trained
         if epoch in (0, config.epochs, *config.checkpoints):
-            storage.write_tensors(folder / checkpoint_name(epoch), plain_state(parts.model))
+            path = folder / records.checkpoint_name(epoch)
+            storage.write_tensors(path, plain_state(parts.model))
         return row
 
     new = {"metrics": [], "seconds": {"training": 0, "evaluation": 0}}
-    progress = storage.resumable(
-        folder,
-        parts.model,
-        parts.optimiser,
-        new=new | {"fingerprint": parts.trajectories.fingerprint},
-        rows="metrics",
-        count=config.epochs + 1,
-        advance=advance,
-        on_steps=on_steps,
-    )
-    write_record(folder, config, found, parts, progress, device)
+    new["fingerprint"] = parts.trajectories.fingerprint
+    given = new, "metrics", config.epochs + 1, advance, on_steps
+    progress = storage.resumable(folder, parts.model, parts.optimiser, *given)
+    records.write_record(folder, config, found, parts, progress, device)
     (folder / "resume.safetensors").unlink()
 
 
 def _train_one_epoch(config: RunConfig, parts: Parts, epoch: int, on_steps: OnSteps) -> float:
     torch.manual_seed(stream_seed(config.seed, "dropout", epoch))
-    rate = functools.partial(
-        learning_rate_at,
-        peak=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        total_steps=config.epochs * config.steps_per_epoch,
-        shape="decay" if config.learning_rate_decay else "constant",
-    )
+    total = config.epochs * config.steps_per_epoch
+    shape = "decay" if config.learning_rate_decay else "constant"
     return train_epoch(
         parts.model,
         parts.optimiser,
         parts.sampler,
         draw_rows(config, parts, epoch),
-        rate=rate,
+        rate=lambda step: learning_rate_at(
+            step, config.learning_rate, config.warmup_steps, total, shape
+        ),
         first_step=(epoch - 1) * config.steps_per_epoch,
         gradient_clip=config.gradient_clip,
         precision=config.precision,

@@ -52,9 +52,8 @@ def fit(name: str, value: object, example: object) -> object:
         adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
         found = adapter.validate_python(value, strict=True)
     except ValidationError as error:
-        kind = inspect.formatannotation(kind)
-        text = f"Parameter {name} got {value!r}: expected {kind}, such as {example!r}."
-        raise UserError(text) from error
+        expected = f"{inspect.formatannotation(kind)}, such as {example!r}"
+        raise UserError(f"Parameter {name} got {value!r}: expected {expected}.") from error
     for item in found if isinstance(found, list) else []:  # seeds, names: one would count as two
         if isinstance(item, int | str) and found.count(item) > 1:
             raise UserError(f"Parameter {name} got {item!r} more than once: leave the others out.")

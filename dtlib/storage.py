@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import tempfile
@@ -21,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 
-DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSED = {  # by what the user is told
+    "No room to write": (errno.ENOSPC, errno.EFBIG, errno.EDQUOT),
+    "Cannot write": (errno.EROFS, errno.EACCES, errno.EPERM),
+}
 SEAL = "sha256.json"  # in a folder made here: the SHA-256 of its other files
 WRITING = f".writing-{platform.node()}-"  # begins temporary names; the process's number follows
 
@@ -49,10 +52,8 @@ def repository() -> Path:
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / "pyproject.toml").is_file() and (folder / "notebooks").is_dir():
             return folder
-    raise UserError(
-        f"{Path.cwd()} is not inside the repository: go to the folder with pyproject.toml and "
-        "notebooks/."
-    )
+    where = "go to the folder with pyproject.toml and notebooks/"
+    raise UserError(f"{Path.cwd()} is not inside the repository: {where}.")
 
 
 def memory() -> int:
@@ -96,26 +97,23 @@ def writing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # Safetensors wraps the system's error, whose text is still there.
-        if any(os.strerror(code) in str(error) for code in DISK_FULL):
-            raise UserError(
-                f"No room to write {path}: the disk is full or a size limit was reached ({error}); "
-                "free some space, or point DTLIB_CACHE to a larger disk, and run again."
-            ) from error
-        if any(os.strerror(code) in str(error) for code in NOT_WRITABLE):
-            raise UserError(
-                f"Cannot write {path} ({error}): point DTLIB_CACHE to a folder that can be written."
-            ) from error
+        for what, codes in REFUSED.items():
+            # Safetensors wraps the system's error, whose text is still there.
+            if any(os.strerror(code) in str(error) for code in codes):
+                advice = "make room there, or point DTLIB_CACHE to another disk, and run again"
+                raise UserError(f"{what} {path} ({error}): {advice}.") from error
         raise
 
 
 def sweep(found: Iterable[Path]) -> None:
     """Remove those of ``found`` that processes of this machine were writing when they died."""
     for leftover in found:
-        number = leftover.name.removeprefix(WRITING).partition("-")[0]
-        if leftover.name.startswith(WRITING) and number.isdecimal() and not _runs(int(number)):
-            with contextlib.suppress(OSError):  # another process may sweep, too
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if ours := re.fullmatch(rf"{re.escape(WRITING)}(\d+)-[0-9a-f]+", leftover.name):
+            with contextlib.suppress(OSError):  # another user's, or another process sweeps, too
+                try:
+                    os.kill(int(ours[1]), 0)
+                except ProcessLookupError:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def sweep_cache() -> None:
@@ -124,16 +122,6 @@ def sweep_cache() -> None:
     for lock in cache_root().rglob("*.lock"):
         with contextlib.suppress(OSError, Timeout), FileLock(lock).acquire(timeout=0):
             lock.unlink()
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 def temporary_name(folder: Path) -> Path:
@@ -169,7 +157,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             sweep(path.parent.glob(".writing-*"))
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+            temporary.touch(exist_ok=False)  # follows no link
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -196,14 +184,10 @@ def write_tensors(
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return a safetensors file's tensors, on the CPU. Raises UserError for any other file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}): get it anew; no pickle is opened, "
-            "but transformers' save_pretrained turns them into this format."
-        ) from error
+    what = f"{path} is not a whole safetensors file"
+    advice = "get it anew; no pickle is opened, but transformers' save_pretrained converts them"
+    with explained(what, advice, OSError, SafetensorError), safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @contextlib.contextmanager
@@ -215,17 +199,13 @@ def locked(path: Path) -> Iterator[None]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
-    try:
+    advice = "point DTLIB_CACHE to a folder that can be written, on a disk of this machine"
+    with explained(f"Cannot lock {path}", advice, OSError):
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
             print(f"Another process is making {path.name}: waiting for it.", flush=True)
             held = lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"Cannot lock {path} ({error}): point DTLIB_CACHE to a folder on a disk of this "
-            "machine that can be written."
-        ) from error
     with held:
         try:
             yield
@@ -305,17 +285,17 @@ def load_state(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             about = file.metadata()
-        if about.get("sha256") not in (None, _sealed(tensors, about["progress"])):  # None: older
+        if about["sha256"] != _sealed(tensors, about["progress"]):
             raise ValueError("its checksum is another one")
         progress = json.loads(about["progress"])
         for name, code in progress.get("files", {}).items():
             if digest(path.with_name(name)) != code:
                 raise ValueError(f"so is {name} beside it")
         values = [tensors[f"model.{name}"] for name, _ in model.named_parameters()]
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         print(f"{path} is damaged ({error}): this training begins anew.", flush=True)
         return None
     with torch.no_grad():
@@ -334,7 +314,6 @@ def resumable(
     folder: Path,
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
-    *,
     new: dict,
     rows: str,
     count: int,
@@ -351,16 +330,12 @@ def resumable(
     state, now = folder / "resume.safetensors", versions()
     progress = load_state(state, model, optimiser) or new | {"versions": now}
     if progress.get("fingerprint") != new.get("fingerprint"):
-        raise UserError(
-            f"There are other data than when {folder} was begun: bring the old data back, or move "
-            "that folder away."
-        )
-    if (before := progress.get("versions", now)) != now:
-        changed = [
-            f"{n} {before.get(n)} then, {now[n]} now" for n in now if before.get(n) != now[n]
-        ]
+        advice = "bring the old data back, or move that folder away"
+        raise UserError(f"There are other data than when {folder} was begun: {advice}.")
+    if (old := progress["versions"]) != now:
+        changed = [f"{n} {old.get(n)} then, {v} now" for n, v in now.items() if old.get(n) != v]
         print(f"{folder.name} goes on with other libraries: {'; '.join(changed)}.", flush=True)
-        progress |= {"versions": now, "begun_with": progress.get("begun_with", before)}
+        progress |= {"versions": now, "begun_with": progress.get("begun_with", old)}
     if progress[rows]:
         on_steps(progress[rows][-1]["step"])
     for number in range(len(progress[rows]), count):

@@ -58,39 +58,24 @@ class Task:
             )
 
 
-# Targets: the released code's. D4RL's references: d4rl.infos. Takagi's: mean returns of D4RL's -v2
-# files `random` and `expert`, Hopper's in the released code, the others in other public code.
-TASKS: dict[str, Task] = {}
-for _task in (
-    Task(
-        name="hopper",
-        environment="Hopper-v4",
-        state_dim=11,
-        action_dim=3,
-        targets=(3600.0, 1800.0),
-        d4rl_reference=(-20.272305, 3234.3),
-        takagi_reference=(18.398905, 3511.3577),
-    ),
-    Task(
-        name="halfcheetah",
-        environment="HalfCheetah-v4",
-        state_dim=17,
-        action_dim=6,
-        targets=(6000.0, 12000.0),
-        d4rl_reference=(-280.178953, 12135.0),
-        takagi_reference=(-288.79712, 10656.426),
-    ),
-    Task(
-        name="walker2d",
-        environment="Walker2d-v4",
-        state_dim=17,
-        action_dim=6,
-        targets=(5000.0, 2500.0),
-        d4rl_reference=(1.629008, 4592.3),
-        takagi_reference=(1.871351, 4920.507),
-    ),
-):
-    TASKS[_task.name] = _task
+ROBOTS = (  # name, environment, S, A, targets of the released code
+    ("hopper", "Hopper-v4", 11, 3, (3600.0, 1800.0)),
+    ("halfcheetah", "HalfCheetah-v4", 17, 6, (6000.0, 12000.0)),
+    ("walker2d", "Walker2d-v4", 17, 6, (5000.0, 2500.0)),
+)
+D4RL = {  # from d4rl.infos
+    "hopper": (-20.272305, 3234.3),
+    "halfcheetah": (-280.178953, 12135.0),
+    "walker2d": (1.629008, 4592.3),
+}
+# Mean returns of D4RL's -v2 files `random` and `expert`: Hopper's in the released code, the others
+# in other public code.
+TAKAGI = {
+    "hopper": (18.398905, 3511.3577),
+    "halfcheetah": (-288.79712, 10656.426),
+    "walker2d": (1.871351, 4920.507),
+}
+TASKS = {name: Task(name, *shape, D4RL[name], TAKAGI[name]) for name, *shape in ROBOTS}
 
 
 def get_task(name: str) -> Task:

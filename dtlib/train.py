@@ -66,8 +66,6 @@ def refuse_divergence(
     model: nn.Module, losses: list[Tensor], norms: list[Tensor], first_step: int, rate: Callable
 ) -> None:
     """Raise UserError if a step's loss, gradient or, after the last one, a weight is not finite."""
-    if not losses:
-        return
     finite = torch.stack(losses).isfinite() & torch.stack(norms).isfinite()
     weights = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
     if finite.all() and weights:

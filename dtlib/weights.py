@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from dtlib.causal import SMOLLM2
 from dtlib.config import SIZES
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained, problem
 from dtlib.model import ARCHITECTURES, DecisionTransformer
 from dtlib.storage import damaged, memory, read_tensors
 
@@ -43,53 +43,36 @@ class Backbone(BaseModel):
     activation_function: Literal[tuple(ACT2FN)]
     layer_norm_epsilon: Annotated[float, Field(gt=0, le=1)]
     initializer_range: Annotated[float, Field(ge=0, le=10)]
-    scale_attn_weights: bool
-    scale_attn_by_inverse_layer_idx: bool
+    scale_attn_weights: Literal[True]
+    scale_attn_by_inverse_layer_idx: Literal[False]
 
 
 def read_any_config(folder: Path) -> dict:
     """Return a model folder's config.json. Raises UserError if it is missing or not an object."""
-    path = folder / "config.json"
-    try:
+    path, kinds = folder / "config.json", (OSError, ValueError, KeyError, TypeError, RecursionError)
+    advice = "give a folder in transformers' layout"
+    with explained(f"{path} is missing or describes no model", advice, *kinds):
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config["model_type"], str):
             raise ValueError("model_type is no text")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is missing or describes no model ({type(error).__name__}: {error}): give a "
-            "folder in transformers' layout."
-        ) from error
-    return config
+        return config
 
 
 def read_config(folder: Path) -> dict:
     """Return config.json of a GPT-2 or ImageGPT folder. Raises UserError if it is not one."""
-    config = read_any_config(folder)
-    if config["model_type"] not in ARCHITECTURES:
-        raise UserError(
-            f"{folder} holds a {config['model_type']!r} model; expected one of "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    values = ARCHITECTURES[config["model_type"]][0]().to_dict() | config
+    config, path = read_any_config(folder), folder / "config.json"
+    if (kind := config["model_type"]) not in ARCHITECTURES:
+        raise UserError(f"{path}: a {kind!r} model; expected one of {', '.join(ARCHITECTURES)}.")
     try:
-        found = Backbone(**values)
-        if found.n_embd % found.n_head:
-            raise ValueError(f"n_embd={found.n_embd} is not divisible by n_head={found.n_head}")
-        inner = found.n_inner or 4 * found.n_embd
-        size = 4 * found.n_layer * found.n_embd * (4 * found.n_embd + 2 * inner)
-        if size > memory():
-            raise ValueError(
-                f"its blocks take {size / 1e9:.0f} GB, this machine has {memory() / 1e9:.0f}"
-            )
-    except ValueError as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        text = f"{first['loc'][0]}={first['input']!r:.100}: {first['msg']}" if first else error
+        found = Backbone(**ARCHITECTURES[kind][0]().to_dict() | config)
+    except ValidationError as error:
+        raise UserError(f"{path}: {problem(error)}; give a whole model's folder.") from error
+    inner = found.n_inner or 4 * found.n_embd
+    size = 4 * found.n_layer * found.n_embd * (4 * found.n_embd + 2 * inner)
+    if found.n_embd % found.n_head or size > memory():
         raise UserError(
-            f"{folder / 'config.json'}: {text}; give a whole model's folder."
-        ) from error
-    if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
-        raise UserError(
-            f"{folder} scales its attention unlike GPT-2 and ImageGPT: give another model."
+            f"{path}: n_embd={found.n_embd} must be divisible by n_head={found.n_head}, and its "
+            f"blocks, {size / 1e9:.0f} GB, must fit in this machine, {memory() / 1e9:.0f} GB."
         )
     return config | {name: value for name, value in found if name in config}
 
@@ -113,9 +96,7 @@ def backbone(point: object, size: str, folder: Path | None, dropout: tuple) -> d
         return values | {"activation_function": point.activation}
     given = read_config(folder)
     if point.architecture == "imagegpt" != given["model_type"]:
-        raise UserError(
-            f"{folder} holds a {given['model_type']!r} model: it does not fit ImageGPT blocks."
-        )
+        raise UserError(f"{folder}: a {given['model_type']!r} model does not fit ImageGPT blocks.")
     return values | {key: given[key] for key in FROM_CONFIG if key in given}
 
 
@@ -135,13 +116,12 @@ def weights_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists() or not index.is_file():
         return [whole]
-    try:
+    kinds = OSError, ValueError, KeyError, TypeError, AttributeError
+    with explained(f"{index} lists no weights", "get the folder anew", *kinds):
         names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it must name files beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} lists no weights ({error}): get the folder anew.") from error
-    return [folder / name for name in sorted(names)]
+        return [folder / name for name in sorted(names)]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -150,10 +130,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises UserError for a file that is not whole safetensors, or not as it was sealed here.
     """
     if changed := damaged(folder):
-        raise UserError(
-            f"{changed} is not what was written when {folder} was made: bring that file back, or "
-            "make the folder anew elsewhere."
-        )
+        advice = "bring that file back, or make the folder anew elsewhere"
+        raise UserError(f"{changed} is not what was written when it was made: {advice}.")
     parts = map(read_tensors, weights_files(folder))
     return {name.removeprefix("transformer."): t for part in parts for name, t in part.items()}
 
@@ -168,11 +146,9 @@ def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]
     found = read_weights(folder)
     inside = {n: p.shape for n, p in model.named_parameters() if n.startswith(("h.", "ln_f."))}
     left_out = [name for name in found if name not in inside and re.fullmatch(LEFT_OUT, name)]
-    other_norm = (read_config(folder)["model_type"], model.config.model_type) == (
-        "imagegpt",
-        "gpt2",
-    )
-    new = [n for n in inside if other_norm and n not in found and re.fullmatch(NEW_BIASES, n)]
+    kinds = read_config(folder)["model_type"], model.config.model_type
+    absent = [name for name in inside if name not in found and re.fullmatch(NEW_BIASES, name)]
+    new = absent if kinds == ("imagegpt", "gpt2") else []
     kept = [name for name in inside if name in found]
     wrong = [f"{name} is missing" for name in inside if name not in kept + new]
     wrong += [f"{name} is unexpected" for name in found if name not in kept + left_out]
@@ -183,10 +159,8 @@ def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]
         elif not found[name].isfinite().all():
             wrong.append(f"{name} holds NaN or infinity")
     if wrong:
-        raise UserError(
-            f"The weights in {folder} do not fit their architecture in {len(wrong)} tensors, first "
-            f"{wrong[0]}: use weights that belong to its config.json."
-        )
+        what = f"{folder}: {len(wrong)} tensors do not fit its config.json, first: {wrong[0]}"
+        raise UserError(f"{what}. Use weights that belong to it.")
     if heads := [name for name in left_out if not re.fullmatch(USUAL, name)]:
         print(f"{folder}: {', '.join(heads)} left out: only the blocks are used.", flush=True)
     model.load_state_dict({name: found[name] for name in kept}, strict=False)
@@ -198,10 +172,6 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     tensors = read_tensors(path)
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"{path}: {wrong[0]} holds NaN or infinity; train that run anew.")
-    try:
+    advice = "load it with its run's config"
+    with explained(f"{path} belongs to another architecture", advice, RuntimeError):
         model.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(
-            f"{path} belongs to another architecture ({first}): load it with its run's config."
-        ) from error

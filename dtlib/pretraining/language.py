@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.pretraining.corpus import HELD_OUT, Corpus, count_within
 from dtlib.progress import tqdm
 from dtlib.storage import (
@@ -110,12 +110,11 @@ def text_files(corpus: str) -> list[Path]:
 
 def _checked(tokenizer: str) -> str:
     """Return the content of a tokenizer.json. Raises UserError if it is none, or empty."""
-    try:
+    what = "This is no tokenizer.json that can be used"
+    with explained(what, "bring the model's own", Exception):  # the library raises plain ones
         learnt = tokenizers.Tokenizer.from_str(tokenizer)
         if len(json.loads(tokenizer)["model"]["vocab"]) < 2 or learnt.get_vocab_size() > 65536:
             raise ValueError("it must have 2 to 65,536 tokens")
-    except Exception as error:  # the library raises plain exceptions
-        raise UserError(f"This is no tokenizer.json that can be used ({error}).") from error
     return tokenizer
 
 
@@ -157,23 +156,17 @@ def docstrings(path: Path) -> list[str]:
 
 def _file_documents(files: list[Path]) -> Iterator[tuple[str, str]]:
     for path in files:
-        try:
+        with explained(f"{path} is not UTF-8 text", "convert or remove it", UnicodeDecodeError):
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error}): convert or remove it.") from error
         yield from ((path.name, part) for part in re.split(ARTICLE + r"|\n{3,}", text))
 
 
 def _wikitext_documents(corpus: str) -> Iterator[tuple[str, str]]:
-    try:
+    advice = "install `datasets` and connect to a network, or give a folder of text"
+    with explained(f"Could not get {corpus}", advice, Exception):  # of many unrelated kinds
         from datasets import load_dataset
 
         lines = load_dataset("Salesforce/wikitext", f"{corpus}-raw-v1", split="train")["text"]
-    except Exception as error:  # of many unrelated kinds; each means that there is no text
-        message = (
-            f"Could not get {corpus} ({type(error).__name__}: {error}): install `datasets` and"
-        )
-        raise UserError(f"{message} connect to a network, or give a folder of text.") from error
     yield from ((corpus, part) for part in re.split(ARTICLE, "".join(lines)))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from pydantic import Field, model_validator
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from dtlib import storage
 from dtlib.config import SIZES, VALUES, Count, NotNegative, Positive, Whole
 from dtlib.devices import choose_device
-from dtlib.errors import UserError, checked
+from dtlib.errors import Checked, UserError, explained
 from dtlib.parallel import one_thread, run_all
 from dtlib.pretraining.corpus import Corpus, count_within
 from dtlib.pretraining.images import image
@@ -46,8 +46,8 @@ AT_ONCE = 8192  # tokens that go through the model together, so that GPT-2's siz
 
 
 @dataclass(frozen=True, config=VALUES)
-class PretrainConfig:
-    """All that decides a starting point. Raises UserError for a wrong name, type or value."""
+class PretrainConfig(Checked):
+    """All that decides a starting point."""
 
     kind: Literal["language", "image", "markov", "iid"]
     size: Literal[tuple(name for name in SIZES if name != "smollm2")] = "mini"
@@ -62,19 +62,10 @@ class PretrainConfig:
     weight_decay: NotNegative = 0.01
     precision: Literal["float32", "bfloat16"] = "float32"
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check(cls, values: object, build: Callable) -> "PretrainConfig":
-        config = checked(cls, values, build)
-        if config.corpus and config.kind in ("markov", "iid"):
-            raise UserError(f"Chains are drawn, not read: leave out the corpus {config.corpus!r}.")
-        for name, value in config._own_values().items():
-            if not getattr(config, name):
-                object.__setattr__(config, name, value)
-        return config
-
-    def _own_values(self) -> dict:
+    def own_values(self) -> dict[str, object]:
         """What None stands for: values of the size and kind, or of an amount of tokens."""
+        if self.corpus and self.kind in ("markov", "iid"):
+            raise UserError(f"Chains are drawn, not read: leave out the corpus {self.corpus!r}.")
         large = SIZES[self.size][1] > 384
         own = {name: pair[large] for name, pair in {**OWN, "steps": STEPS[self.kind]}.items()}
         own["corpus"] = {"language": "installed", "image": "photographs"}.get(self.kind, "")
@@ -160,7 +151,9 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
     size, tokenizer = read_config(folder)["vocab_size"], folder / "tokenizer.json"
     tensors = read_weights(folder)
     held_out = storage.read_tensors(folder / "held_out.safetensors")
-    try:
+    what = f"{folder} is no whole starting point, or a file in it does not fit its config.json"
+    kinds = OSError, ValueError, KeyError, TypeError, RuntimeError, UserError
+    with explained(what, "make it anew by `python -m dtlib pretrain`", *kinds):
         record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         config = PretrainConfig(**record["config"])
         if tokenizer.exists():
@@ -172,11 +165,6 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
         head = tensors.get("wte.weight")  # GPT-2's is its word table, stored once
         model.load_state_dict({"lm_head.weight": head, **inside})
         return model.eval(), record, held_out["tokens"].long()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"{folder} is no whole starting point, or a file in it does not fit its config.json "
-            f"({error}): make it anew by `python -m dtlib pretrain`."
-        ) from error
 
 
 def is_trial(folder: Path, config: PretrainConfig) -> bool:
@@ -197,9 +185,9 @@ def pretrain_all(configs: list[PretrainConfig], device: str = "auto") -> list[Pa
     return run_all(
         lambda config, device, on_steps: pretrain(config, None, device, on_steps),
         configs,
-        total=sum(config.steps for config in configs),
-        description=f"pre-training {len(configs)} starting points",
-        device=device,
+        sum(config.steps for config in configs),
+        f"pre-training {len(configs)} starting points",
+        device,
     )
 
 
@@ -222,9 +210,8 @@ def pretrain(
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known = {"tokens": "", **record.get("config", {})}
         if known != asdict(config) and (partial is None or any(partial.iterdir())):
-            raise UserError(
-                f"{path.parent} holds something else: move it away or use another --out."
-            )
+            advice = "move it away or use another --out"
+            raise UserError(f"{path.parent} holds something else: {advice}.")
         if partial and not (partial / storage.SEAL).exists():  # else only the rename is missing
             with one_thread(device):  # the same rounding on any number of cores
                 _train(config, partial, record, device, on_steps)
@@ -240,9 +227,8 @@ def _train(
     corpus = make_corpus(config, progress=on_steps is None)
     begun = {"config": asdict(config), "corpus": json.loads(json.dumps(corpus.facts))}
     if record.get("corpus", begun["corpus"]) != begun["corpus"]:
-        raise UserError(
-            f"{folder} was begun on another text: bring it back, or move the folder away."
-        )
+        advice = "bring that text back, or move the folder away"
+        raise UserError(f"{folder} was begun on another text: {advice}.")
     storage.write_text(folder / "training.json", begun)
     model = make_model(config, corpus.vocabulary).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay, fused=True)
@@ -272,24 +258,17 @@ def _train(
             optimiser.param_groups[0]["lr"] = learning_rate_at(step, config)
             optimiser.step()
             on_steps(1)
-        rate = functools.partial(learning_rate_at, config=config)
-        refuse_divergence(model, losses, norms, steps.start, rate)
+        if steps:
+            rate = functools.partial(learning_rate_at, config=config)
+            refuse_divergence(model, losses, norms, steps.start, rate)
         row = {"step": marks[i], "training_loss": float(total / len(steps)) if steps else None}
         row["held_out_loss"] = held_out_loss(model, measured)
         done["seconds"] += time.perf_counter() - began
         return row
 
     with bar:
-        done = storage.resumable(
-            folder,
-            model,
-            optimiser,
-            new={"curve": [], "seconds": 0.0},
-            rows="curve",
-            count=len(marks),
-            advance=advance,
-            on_steps=on_steps,
-        )
+        given = {"curve": [], "seconds": 0.0}, "curve", len(marks), advance, on_steps
+        done = storage.resumable(folder, model, optimiser, *given)
     _write_files(config, corpus, model, done, folder)
 
 

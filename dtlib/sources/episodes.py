@@ -14,24 +14,35 @@ KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 HEIGHTS = {"walker2d": (0.8, 2.0), "halfcheetah": (-0.8, 0.7)}
 
 
-def check_columns(name: str, source: dict, task: Task, steps: int | None) -> dict:
-    """Return the first ``steps`` rows of D4RL's arrays as float32, and the number "available".
+def whole_episodes(
+    name: str, source: dict, task: Task, steps: int | None
+) -> tuple[list[np.ndarray], np.ndarray, tuple[str, ...]]:
+    """Return the whole episodes in the first ``steps`` rows of D4RL's arrays (None: in all).
 
-    Raises UserError for what is missing, not finite, or of another task's shape.
+    That is: observations, actions and rewards as float32; the first row of each episode and, last,
+    the number of rows kept; and notes on what was cut or looks odd. Raises UserError.
     """
+    kinds = {key: np.asarray(source[key]).dtype for key in KEYS[:3] if key in source}
+    notes = [f"{key} are {kind}, not float32" for key, kind in kinds.items() if kind.kind != "f"]
+    columns = _checked(name, source, task, steps)
+    if (rows := len(columns["rewards"])) < (available := len(source["rewards"])):
+        notes.append(f"read the first {rows:,} of {available:,} steps")
+    starts, cuts = _find(name, columns, task)
+    arrays = [columns[key][: starts[-1]] for key in KEYS[:3]]
+    return arrays, starts, (*notes, *cuts, *_odd_values(*arrays[:2], task))
+
+
+def _checked(name: str, source: dict, task: Task, steps: int | None) -> dict[str, np.ndarray]:
+    """The first rows as float32. UserError: missing, not finite, or of another task's shape."""
     required = KEYS[:4]
     if missing := [key for key in required if key not in source]:
-        raise UserError(
-            f"{name} has no {' and no '.join(missing)}: expected {', '.join(required)} and, where "
-            "episodes can time out, timeouts, as in D4RL."
-        )
+        expected = f"{', '.join(required)} and, where episodes can time out, timeouts, as in D4RL"
+        raise UserError(f"{name} has no {' and no '.join(missing)}: expected {expected}.")
     found = {key: np.asarray(source[key]) for key in KEYS if key in source}
     sizes = {key: array.shape[:1] for key, array in found.items()}
     if len(set(sizes.values())) > 1:
-        raise UserError(
-            f"{name}: the arrays have different lengths, {sizes}; each needs one row a step."
-        )
-    columns = {"available": len(found["rewards"])}
+        raise UserError(f"{name}: arrays of different lengths, {sizes}; each needs a row a step.")
+    columns = {}
     for key, array in found.items():
         shape = {"observations": (task.state_dim,), "actions": (task.action_dim,)}.get(key, ())
         fits = array.shape[1:] in {shape, shape or (1,)}  # (N, 1) passes for (N,), as in d4rl
@@ -52,14 +63,8 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
     return digest(b"".join(f"{a.dtype}{a.shape}".encode() + a.tobytes() for a in arrays))
 
 
-def odd_types(source: dict) -> list[str]:
-    """Return a note for each array of whole numbers where D4RL has fractions."""
-    kinds = {key: np.asarray(source[key]).dtype for key in KEYS[:3] if key in source}
-    return [f"{key} are {kind}, not float32" for key, kind in kinds.items() if kind.kind != "f"]
-
-
-def odd_values(observations: np.ndarray, actions: np.ndarray, task: Task) -> list[str]:
-    """Return notes on actions out of range, and on states that look like another robot's."""
+def _odd_values(observations: np.ndarray, actions: np.ndarray, task: Task) -> list[str]:
+    """Notes on actions out of range, and on states that look like another robot's."""
     notes, outside = [], float((np.abs(actions) > 1).any(1).mean())
     if outside:
         notes.append(f"{outside:.1%} of the steps have actions outside [−1, 1], which act as ±1")
@@ -71,13 +76,9 @@ def odd_values(observations: np.ndarray, actions: np.ndarray, task: Task) -> lis
     return notes
 
 
-def find_episodes(name: str, columns: dict, task: Task) -> tuple[np.ndarray, list[str]]:
-    """Return the first rows of all episodes and, last, the number of rows kept; and notes.
-
-    A partial last episode is dropped. Raises UserError where no episode ends, or one is too long.
-    """
-    available, rows, horizon = columns["available"], len(columns["rewards"]), task.horizon
-    notes = [f"read the first {rows:,} of {available:,} steps"] if rows < available else []
+def _find(name: str, columns: dict, task: Task) -> tuple[np.ndarray, list[str]]:
+    """First rows of the episodes, and notes. UserError where none ends, or one is too long."""
+    rows, horizon, notes = len(columns["rewards"]), task.horizon, []
     ends = columns["terminals"] != 0
     if "timeouts" in columns:
         ends |= columns["timeouts"] != 0
@@ -93,10 +94,8 @@ def find_episodes(name: str, columns: dict, task: Task) -> tuple[np.ndarray, lis
             f"without a timeouts array, {horizon} steps in a row. Take more steps or mend the data."
         )
     if (longest := np.diff(starts).max()) > horizon:
-        raise UserError(
-            f"{name}: an episode has {longest:,} steps, more than the task's horizon, {horizon}; "
-            "cut it there."
-        )
+        problem = f"an episode has {longest:,} steps, more than the task's horizon, {horizon}"
+        raise UserError(f"{name}: {problem}; cut it there.")
     if (kept := int(starts[-1])) < rows:
         notes.append(f"dropped the trailing partial episode, {rows - kept:,} steps")
     return starts, notes

@@ -10,7 +10,7 @@ import numpy as np
 import pooch
 import requests
 
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.progress import tqdm
 from dtlib.sources.collected import QUALITIES
 from dtlib.sources.episodes import KEYS, fingerprint
@@ -25,33 +25,22 @@ SUFFIXES = {".hdf5", ".h5", *PICKLES}  # of paths; pickles are refused
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of a file in D4RL's layout.
 
-    Raises UserError for a pickle, for what is not a whole HDF5 file, and for arrays that are not in
-    the file itself or need a filter that is not installed.
+    Raises UserError for a pickle, for what is no whole HDF5 file, and for arrays outside the file.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}: expected an HDF5 file in D4RL's layout.")
     head = np.fromfile(path, np.uint8, 2).tolist()
     if path.suffix.lower() in PICKLES or (head[:1] == [0x80] and head[1:] <= [5]):
-        raise UserError(
-            f"{path} is a pickle, and none is ever opened, as it can run code: give HDF5 in D4RL's "
-            "layout."
-        )
-    try:
-        with h5py.File(path) as file:
-            # Without following links: one to a pipe would hang.
-            links = {key: file.get(key, getlink=True) for key in set(KEYS) & set(file.keys())}
-            columns = {k: _read_array(path, file, k, links[k]) for k in KEYS if k in links}
-            sealed = file.attrs.get("sha256", "")
-        if sealed and sealed != fingerprint(columns.values()):
+        raise UserError(f"{path} is a pickle, which can run code: give HDF5 in D4RL's layout.")
+    what, advice = f"{path} is not HDF5, or not all of it is there", "move it away, get it anew"
+    # Damage surfaces as any of many kinds.
+    with explained(what, advice, Exception), h5py.File(path) as file:
+        # Without following links: one to a pipe would hang.
+        links = {key: file.get(key, getlink=True) for key in set(KEYS) & set(file.keys())}
+        columns = {k: _read_array(path, file, k, links[k]) for k in KEYS if k in links}
+        if (seal := file.attrs.get("sha256")) and seal != fingerprint(columns.values()):
             raise ValueError("its arrays are not those that were written")
         return columns
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # damage surfaces as any of many kinds
-        raise UserError(
-            f"{path} is not HDF5, or not all of it is there ({error}): move it away and get it "
-            "anew."
-        ) from error
 
 
 def _read_array(path: Path, file: h5py.File, key: str, link: object) -> np.ndarray:
@@ -112,10 +101,8 @@ def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
             if not known.exists():
                 write_text(known, f"{digest(path)}  {path.name}\n")
     if known.exists() and known.read_text(encoding="utf-8").split()[:1] != [digest(path)]:
-        raise UserError(
-            f"{path} has changed since it was first used: get the former one, or move {known.name} "
-            "away to use this one."
-        )
+        advice = f"get the former one, or move {known.name} away to use this one"
+        raise UserError(f"{path} has changed since it was first used: {advice}.")
     return path
 
 
@@ -127,21 +114,19 @@ def _download(path: Path, progress: bool) -> None:
     pooch.get_logger().setLevel(logging.WARNING)
     fetch = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 20, timeout=60)
     secure = D4RL_ADDRESS.replace("http:", "https:")  # not every server has it
-    try:
-        with writing(path), temporary_folder(path.parent) as folder:
-            for address in (secure, D4RL_ADDRESS):
-                unreachable = [requests.ConnectionError] * (address == secure)
-                with contextlib.suppress(*unreachable):
-                    pooch.retrieve(address + path.name, None, path.name, folder, downloader=fetch)
-                    break
-            if not h5py.is_hdf5(arrived := Path(folder, path.name)):
-                raise ConnectionError("what the server sent is not HDF5")
-            arrived.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"Cannot download {path.name} from {D4RL_ADDRESS} ({error}): put {path.name} into "
-            f"{path.parent}, or set D4RL_DATASET_DIR to the folder that has it."
-        ) from error
+    what = f"Cannot download {path.name} from {D4RL_ADDRESS}"
+    advice = (
+        f"put {path.name} into {path.parent}, or set D4RL_DATASET_DIR to the folder that has it"
+    )
+    with explained(what, advice, OSError), writing(path), temporary_folder(path.parent) as folder:
+        for address in (secure, D4RL_ADDRESS):
+            unreachable = [requests.ConnectionError] * (address == secure)
+            with contextlib.suppress(*unreachable):
+                pooch.retrieve(address + path.name, None, path.name, folder, downloader=fetch)
+                break
+        if not h5py.is_hdf5(arrived := Path(folder, path.name)):
+            raise ConnectionError("what the server sent is not HDF5")
+        arrived.replace(path)
 
 
 def read_minari(identifier: str, progress: bool = True) -> dict[str, np.ndarray]:
@@ -151,18 +136,13 @@ def read_minari(identifier: str, progress: bool = True) -> dict[str, np.ndarray]
     """
     import minari  # slow, and seldom needed
 
-    parts = []
-    try:
+    parts, what = [], f"Minari can neither read nor download {identifier!r}"
+    advice = "give an id such as mujoco/hopper/medium-v0; move a damaged copy away"
+    with explained(what, advice, Exception):  # each of its backends raises its own kind
         dataset = minari.load_dataset(identifier, download=True)
-        every = tqdm(dataset, identifier, dataset.total_episodes, disable=not progress)
-        for episode in every:
+        for episode in tqdm(dataset, identifier, dataset.total_episodes, disable=not progress):
             last = np.arange(len(episode)) == len(episode) - 1  # ends, if only as a timeout
             ends = episode.terminations, episode.truncations | last
             parts.append((episode.observations[:-1], episode.actions, episode.rewards, *ends))
         columns = zip(*parts, strict=True)
         return {key: np.concatenate(rows) for key, rows in zip(KEYS, columns, strict=True)}
-    except Exception as error:  # each of its backends raises its own kind
-        raise UserError(
-            f"Minari can neither read nor download {identifier!r} ({error}): expected an id such "
-            "as mujoco/hopper/medium-v0 (see `minari list remote`); move a damaged copy away."
-        ) from error

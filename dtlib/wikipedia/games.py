@@ -5,16 +5,13 @@
 
 import json
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -23,7 +20,7 @@ from dtlib.build import draw
 from dtlib.config import SIZES, VALUES, Count, Lax, Positive, Whole
 from dtlib.data import Trajectories, Windows
 from dtlib.devices import choose_device
-from dtlib.errors import UserError, checked
+from dtlib.errors import Checked, UserError
 from dtlib.evaluate import Episodes
 from dtlib.model import DecisionTransformer
 from dtlib.parallel import one_thread
@@ -41,11 +38,8 @@ NOT_DECAYED = ("embed_action.0.weight", "embed_place", "embed_time")  # nor norm
 
 
 @dataclass(frozen=True, config=VALUES)
-class GameConfig:
-    """All values that decide a run on a game. The defaults are paper B's baseline.
-
-    Raises UserError for a wrong name, type or value.
-    """
+class GameConfig(Checked):
+    """All values that decide a run on a game. The defaults are paper B's baseline."""
 
     game: str = "breakout"
     data: str = "collected"  # or a folder in DQN-replay's layout
@@ -64,17 +58,12 @@ class GameConfig:
     evaluation_episodes: Count = 10
     horizon: Count = HORIZON  # steps after which a game in evaluation is cut
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check(cls, values: object, build: Callable) -> "GameConfig":
-        config = checked(cls, values, build)
-        get_starting_point(config.initialisation)
-        game = get_game(config.game)
-        own = {"context": game.context, "batch_size": game.batch_size, "target_return": game.target}
-        for name, value in own.items():
-            if getattr(config, name) is None:
-                object.__setattr__(config, name, value)
-        return config
+    def own_values(self) -> dict[str, object]:
+        """Return the game's own values. Raises UserError for an unknown game or start."""
+        get_starting_point(self.initialisation)
+        game = get_game(self.game)
+        own = game.context, game.batch_size, game.target
+        return dict(zip(("context", "batch_size", "target_return"), own, strict=True))
 
     @property
     def name(self) -> str:
@@ -222,15 +211,10 @@ def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> Non
         raise UserError(f"A file that {folder.name} is made from changed meanwhile: run again.")
     optimiser = game_optimiser(model, config.learning_rate)
     steps = config.steps_per_epoch or -(-sampler.number_of_steps // config.batch_size)
-    rate = partial(
-        learning_rate_at,
-        peak=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        total_steps=config.epochs * steps,
-        shape="cosine",
-    )
-    bar = tqdm(desc=config.name, total=config.epochs * steps, disable=not progress)
-    options = {"rate": rate, "gradient_clip": 1.0, "loss_of": game_loss, "on_step": bar.update}
+    peak, warmup, total = config.learning_rate, config.warmup_steps, config.epochs * steps
+    bar = tqdm(desc=config.name, total=total, disable=not progress)
+    options = {"gradient_clip": 1.0, "loss_of": game_loss, "on_step": bar.update}
+    options["rate"] = lambda step: learning_rate_at(step, peak, warmup, total, "cosine")
 
     def advance(epoch: int, _: dict) -> dict:
         loss, first_step = None, (epoch - 1) * steps
@@ -244,16 +228,9 @@ def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> Non
         return row | {"scores": played.returns.tolist(), "lengths": played.lengths.tolist()}
 
     with bar, torch.random.fork_rng(range(torch.cuda.device_count())):
-        done = storage.resumable(
-            folder,
-            model,
-            optimiser,
-            new={"metrics": [], "fingerprint": trajectories.fingerprint},
-            rows="metrics",
-            count=config.epochs + 1,
-            advance=advance,
-            on_steps=bar.update,
-        )
+        new = {"metrics": [], "fingerprint": trajectories.fingerprint}
+        given = new, "metrics", config.epochs + 1, advance, bar.update
+        done = storage.resumable(folder, model, optimiser, *given)
     storage.write_tensors(folder / "model.safetensors", model.state_dict())
     versions = storage.versions() | {"ale-py": version("ale-py")}
     about = {name: done[name] for name in ("metrics", "fingerprint", "begun_with") if name in done}

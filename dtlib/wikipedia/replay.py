@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dtlib.data import Trajectories, Windows, WindowSampler
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.progress import tqdm
 from dtlib.sources.collected import POLICIES
 from dtlib.storage import atomic_write, cache_root, digest, growing, seal
@@ -93,22 +93,19 @@ def _read(
     folder: Path, name: str, expected: tuple | None = None, limit: int | None = None
 ) -> tuple[np.ndarray, int]:
     """The first ``limit`` rows of a zipped array, and the number of its rows."""
-    try:
-        with gzip.open(folder / name) as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            total, *row = shape or (1,)
-            if expected and (dtype, tuple(row)) != expected:
-                found = f"{folder / name} holds {dtype} in rows of shape {tuple(row)}"
-                right = f"expected {np.dtype(expected[0])} and {expected[1]}"
-                raise UserError(f"{found}, {right}: get DQN-replay's own file.")
-            rows = min(total, limit or total)
-            content = file.read(rows * math.prod(row) * dtype.itemsize)
-            return np.frombuffer(content, dtype).reshape(rows, *row), total
-    except FileNotFoundError as error:
-        raise UserError(f"There is no file {folder / name}: give a game's replay_logs.") from error
-    except (OSError, EOFError, ValueError, SyntaxError, MemoryError, zlib.error) as error:
-        raise UserError(f"{folder / name} is not a whole array ({error}): get it anew.") from error
+    kinds = OSError, EOFError, ValueError, SyntaxError, MemoryError, zlib.error
+    what, advice = f"{folder / name} is not a whole array", "get a game's replay_logs anew"
+    with explained(what, advice, *kinds), gzip.open(folder / name) as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        total, *row = shape or (1,)
+        if expected and (dtype, tuple(row)) != expected:
+            found = f"{folder / name} holds {dtype} in rows of shape {tuple(row)}"
+            right = f"expected {np.dtype(expected[0])} and {expected[1]}"
+            raise UserError(f"{found}, {right}: get DQN-replay's own file.")
+        rows = min(total, limit or total)
+        content = file.read(rows * math.prod(row) * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(rows, *row), total
 
 
 def write_replay(folder: Path, trajectories: Trajectories) -> None:
