@@ -17,10 +17,8 @@ def swap_block(model: DecisionTransformer, donor: DecisionTransformer, block: in
         raise UserError(f"There is no block {block} to swap: choose one from 0 to {blocks - 1}.")
     ours, theirs = ((m.config.model_type, m.config.hidden_size) for m in (model, donor))
     if ours != theirs:
-        raise UserError(
-            f"A block of {theirs[0]}, width {theirs[1]}, does not fit into {ours[0]}, width "
-            f"{ours[1]}: choose a donor of the same size and architecture."
-        )
+        what = "A block of {}, width {}, does not fit into {}, width {}".format(*theirs, *ours)
+        raise UserError(f"{what}: choose a donor of the same size and architecture.")
     model.h[block] = donor.h[block]
 
 

@@ -12,10 +12,8 @@ def choose_device(device: str = "auto") -> str:
     """
     available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if device not in ("auto", *available):
-        raise UserError(
-            f"Device {device!r} is not available: torch sees {' and '.join(available)} here. Use "
-            "device='auto'; 'cuda' needs a card and a CUDA build of torch."
-        )
+        what = f"Device {device!r} is not available: torch sees {' and '.join(available)} here"
+        raise UserError(f"{what}. 'cuda' needs a card and a CUDA build of torch; take 'auto'.")
     return available[-1] if device == "auto" else device
 
 

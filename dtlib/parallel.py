@@ -76,8 +76,8 @@ def in_processes(job: Callable, items: Iterable, processes: int, advice: str) ->
     try:
         yield from results
     except BrokenProcessPool as error:
-        message = "A worker process was killed, perhaps for lack of memory"
-        raise UserError(f"{message}: {advice}.") from error
+        what = "A worker process was killed, perhaps for lack of memory"
+        raise UserError(f"{what}: {advice}.") from error
     finally:
         results.close()
         get_reusable_executor(reuse=True).shutdown()

@@ -26,7 +26,7 @@ class Environments:
             mujoco.mj_getState(self.model, self.environment.data, self._states[i], FULL_STATE)
         # One simulation per thread stays in the processor's cache; one per environment would not.
         self._simulations = [mujoco.MjData(self.model) for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(max(threads - 1, 1))
+        self._map = map if threads == 1 else ThreadPoolExecutor(threads).map
 
     def step(
         self, chosen: np.ndarray, actions: np.ndarray
@@ -35,8 +35,9 @@ class Environments:
 
         Returns observations (m, S), rewards (m,) and whether each episode ends (m,).
         """
-        before = self._states[chosen, 1]
-        self._advance_all(chosen, actions)
+        before, count = self._states[chosen, 1], len(self._simulations)
+        shares = np.array_split(chosen, count), np.array_split(actions, count)
+        list(self._map(self._advance, self._simulations, *shares))  # raises what went wrong there
         sizes = np.cumsum([1, self.model.nq, self.model.nv])
         _, position, velocity, _ = np.split(self._states[chosen], sizes, axis=1)
         environment = self.environment
@@ -60,21 +61,6 @@ class Environments:
             state = np.hstack([position, velocity])[:, 2:]
             healthy &= ((low < state) & (state < high)).all(1)
         return healthy
-
-    def _advance_all(self, chosen: np.ndarray, actions: np.ndarray) -> None:
-        """Divide the environments among the threads; this thread takes the first share."""
-        count = len(self._simulations)
-        shares = zip(
-            self._simulations,
-            np.array_split(chosen, count),
-            np.array_split(actions, count),
-            strict=True,
-        )
-        first, *others = shares
-        waiting = [self._pool.submit(self._advance, *share) for share in others]
-        self._advance(*first)
-        for one in waiting:
-            one.result()  # raises what went wrong there
 
     def _advance(self, simulation: mujoco.MjData, chosen: np.ndarray, actions: np.ndarray) -> None:
         for number, action in zip(chosen, actions, strict=True):

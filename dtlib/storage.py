@@ -294,13 +294,11 @@ def load_state(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -
         for name, code in progress.get("files", {}).items():
             if digest(path.with_name(name)) != code:
                 raise ValueError(f"so is {name} beside it")
-        values = [tensors[f"model.{name}"] for name, _ in model.named_parameters()]
+        weights = {name: tensors[f"model.{name}"] for name, _ in model.named_parameters()}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         print(f"{path} is damaged ({error}): this training begins anew.", flush=True)
         return None
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), values, strict=True):
-            parameter.copy_(value)
+    model.load_state_dict(weights, strict=False)  # buffers are not saved
     moments = {
         i: {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         for i, _ in enumerate(model.parameters())

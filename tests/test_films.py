@@ -1,14 +1,20 @@
 """Films show the episode that an evaluation measures."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
-from dtlib import films
 from dtlib.config import RunConfig
 from dtlib.evaluate import rollout
 from dtlib.runs import fine_tuned
 from dtlib.seeding import stream_seed
 from dtlib.tasks import get_task
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import make_films as films  # noqa: E402
 
 HOPPER = get_task("hopper")
 

@@ -96,8 +96,8 @@ def _cifar(folder: Path, side: int) -> tuple[Images, Images]:
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     if not all((folder / name).is_file() for name in names):
         raise UserError(
-            f"{folder} is neither 'photographs' nor a folder of CIFAR-10's binary edition, with "
-            f"{', '.join(names)} (the Python edition is pickles, which are not opened)."
+            f"{folder} is neither 'photographs' nor a folder of CIFAR-10's binary edition (the "
+            f"Python one is pickles, which are not opened): expected {', '.join(names)}."
         )
     if 32 % side:
         raise UserError(f"32 × 32 images do not shrink evenly to {side} × {side}: try 256 tokens.")

@@ -67,11 +67,8 @@ class Words(nn.Module):
         found = read_weights(folder)
         tables = [found.get(name) for name in ("wte.weight", "wpe.weight")]
         if any(t is None or t.dim() != 2 or not t.isfinite().all() for t in tables):
-            raise UserError(
-                f"{folder} has no finite word and position tables: name a language model."
-            )
-        self.wte = nn.Parameter(found["wte.weight"].float())
-        self.wpe = nn.Parameter(found["wpe.weight"].float())
+            raise UserError(f"{folder} has no finite word and position tables: name a GPT-2.")
+        self.wte, self.wpe = (nn.Parameter(table.float()) for table in tables)
 
 
 def reading_loss(model: DecisionTransformer, words: Words, sequences: Tensor) -> Tensor:
@@ -83,21 +80,16 @@ def reading_loss(model: DecisionTransformer, words: Words, sequences: Tensor) ->
 def corpus_of(config: RunConfig) -> str:
     """Return the corpus that co-training reads; by default what the language model learnt from."""
     point = get_starting_point(config.words or config.initialisation)
-    on_hub = point.hub and not typed(point.hub).is_dir()
-    folder = None if on_hub else weights_folder(point, config.size, config.seed)
-    return config.cotraining_corpus or learnt_from(folder)
-
-
-def learnt_from(folder: Path | None) -> str:
-    """Return the corpus of a model pre-trained here; of others, WikiText-103."""
-    record = folder and folder / "training.json"
-    if record and record.is_file():
+    if config.cotraining_corpus or (point.hub and not typed(point.hub).is_dir()):
+        return config.cotraining_corpus or "wikitext-103"
+    folder = weights_folder(point, config.size, config.seed)
+    if folder and (record := folder / "training.json").is_file():  # pre-trained here
         return json.loads(record.read_text(encoding="utf-8"))["config"]["corpus"]
     return "wikitext-103"
 
 
 def text_for(folder: Path, corpus: str) -> Corpus:
-    """Return ``corpus`` in a language model's tokens and full sequences; "": what it learnt from.
+    """Return ``corpus`` in a language model's tokens and full sequences.
 
     Raises UserError if the model in ``folder`` has no tokenizer, or one of more tokens than words.
     """
@@ -105,12 +97,10 @@ def text_for(folder: Path, corpus: str) -> Corpus:
     if not tokenizer.is_file():
         raise UserError(f"{folder} is no language model with a tokenizer: co-training needs one.")
     text = tokenizer.read_text(encoding="utf-8", errors="replace")
-    found = language(corpus or learnt_from(folder), shape["n_positions"], 0, False, text)
-    if found.vocabulary > shape["vocab_size"]:
-        raise UserError(
-            f"{tokenizer} has {found.vocabulary} tokens, but the word table has "
-            f"{shape['vocab_size']}: bring the model's own tokenizer."
-        )
+    found = language(corpus, shape["n_positions"], 0, False, text)
+    if found.vocabulary > (words := shape["vocab_size"]):
+        what = f"{tokenizer} has {found.vocabulary} tokens, but the word table has {words}"
+        raise UserError(f"{what}: bring the model's own tokenizer.")
     return found
 
 
@@ -124,7 +114,7 @@ class LanguageLosses:
         self.config, self.model, self.words = config, model, words
         table = words.wte.detach()
         self.centres = cosine_centres(table.cpu()).to(table.device) if config.alignment else None
-        self.text = text_for(folder, config.cotraining_corpus) if config.cotraining else None
+        self.text = text_for(folder, corpus_of(config)) if config.cotraining else None
 
     def __call__(self, windows: Windows, step: int) -> Tensor:
         config, device = self.config, windows.mask.device
