@@ -82,6 +82,15 @@ def figures(
 
 
 @app.command()
+def compare(profile: str = "laptop", figures: str = "figures") -> None:
+    """Compare the verdicts in FIGURES/PROFILE with the committed ones."""
+    from dtlib import compare
+    from dtlib.storage import repository
+
+    typer.echo(compare.compare(repository() / figures / profile))
+
+
+@app.command()
 def finetune(
     settings: list[str] = typer.Argument(None, help="name=value, e.g. seed=0,1; none: list them."),
     device: str = "auto",
