@@ -7,7 +7,7 @@ from conftest import cells
 
 from dtlib.measures import learning_speed
 
-smoothing = cells("06_block_swap", "measure")
+swap = cells("06_block_swap", "measure")
 STEPS = np.array([0, 100, 200, 300])
 
 
@@ -67,22 +67,17 @@ def test_median_time_of_runs_that_seldom_or_always_get_there():
 
 
 def test_moving_average_as_released_begins_a_fifth_too_high():
-    np.testing.assert_allclose(
-        smoothing.moving_average_as_released([10.0, 0.0, 5.0]), [12, 9.6, 8.68]
-    )
-    both = smoothing.moving_average_as_released([[10.0, 0.0, 5.0], [1.0, 1.0, 1.0]])
+    np.testing.assert_allclose(swap.moving_average_as_released([10.0, 0.0, 5.0]), [12, 9.6, 8.68])
+    both = swap.moving_average_as_released([[10.0, 0.0, 5.0], [1.0, 1.0, 1.0]])
     np.testing.assert_allclose(both[1], [1.2, 1.16, 1.128])
     np.testing.assert_allclose(both[0], [12, 9.6, 8.68])
 
 
-def test_moving_average_is_a_weighted_mean():
-    values = np.random.default_rng(1).normal(size=(2, 9))
-    expected = [
-        [np.average(row[: t + 1], weights=0.8 ** np.arange(t, -1, -1)) for t in range(9)]
-        for row in values
-    ]
-    np.testing.assert_allclose(smoothing.moving_average(values), expected, rtol=1e-12)
-    np.testing.assert_allclose(smoothing.moving_average(np.full(5, 3.0)), 3)
+def test_effect_of_a_block_by_hand():
+    """Notebook 06: the host's errors are 0.9, 0.2, 0.1, with the block 0.9, 0.15, 0.1."""
+    host, swapped = np.array([[0.9, 0.2, 0.1]]), np.array([[0.9, 0.15, 0.1]])
+    np.testing.assert_allclose(swap.effect(host, swapped), 0.05)
+    np.testing.assert_allclose(swap.effect_as_released(host, swapped), 0.054)
 
 
 def test_errors_and_shares_by_hand():
