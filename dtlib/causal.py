@@ -7,10 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto as auto
 
 from dtlib.errors import UserError, explained
 from dtlib.model import ALL, DecisionTransformer
@@ -18,7 +15,7 @@ from dtlib.storage import cache_root, digest, growing, seal, write_tensors, writ
 from dtlib.tasks import Task
 
 # BERT and others that see both sides are listed as causal too.
-CAUSAL = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys()
+CAUSAL = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES}
 # The shape of SmolLM2-135M, for random weights of the same architecture.
 SMOLLM2 = {
     "model_type": "llama",
@@ -69,10 +66,8 @@ def causal_config(values: dict) -> PretrainedConfig:
     """Return a configuration with the smallest word table. Raises UserError if not causal."""
     kind = values.get("model_type")
     if kind not in CAUSAL:
-        raise UserError(
-            f"config.json: a {kind!r:.60} model is no causal language model of transformers; "
-            "give another one, that predicts the next token, such as Llama."
-        )
+        what = f"config.json: a {kind!r:.60} model is no causal language model of transformers"
+        raise UserError(f"{what}: give one that predicts the next token, such as Llama.")
     words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     kept = {key: values[key] for key in values.keys() - {"model_type", "quantization_config"}}
     with _said(f"A {kind!r} config.json"):

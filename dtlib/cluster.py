@@ -5,7 +5,6 @@ work or failed, and gives up all runs with the first error.
 """
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -27,13 +26,11 @@ from dtlib.progress import tqdm
 from dtlib.records import run_folder
 from dtlib.storage import cache_root, digest, locked, temporary_name, versions
 
-try:
+INSTALL = "`pip install -e '.[cluster]'` here and on them"
+with explained("Work on other machines needs Dask", INSTALL, ImportError):
     import dask
     from distributed import Client
     from distributed.scheduler import KilledWorker
-except ImportError as error:
-    needs = "Work on other machines needs Dask: pip install -e '.[cluster]' here and on them."
-    raise UserError(needs) from error
 
 AGAIN = "give the same command again: finished runs and epochs are kept"
 TRIES = 20  # workers that a run may lose; it goes on from its last epoch with each
@@ -90,13 +87,9 @@ def _logs() -> Path:
 
 def about() -> dict[str, str]:
     """Return what must be the same on all workers, for their results to be of one kind."""
-    known = {"dtlib": _sources(), "Python": platform.python_version(), **versions()}
+    code = digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
+    known = {"dtlib": code, "Python": platform.python_version(), **versions()}
     return known | {"device": choose_device()}
-
-
-@functools.cache
-def _sources() -> str:
-    return digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
 
 
 def _look(token: str) -> dict:
@@ -128,10 +121,8 @@ def check_workers(client: Client) -> dict[str, str]:
         client.wait_for_workers(1)
     for address, threads in client.nthreads().items():
         if threads > 1:
-            raise UserError(
-                f"Worker {address} has {threads} threads, and a run needs a process: start it with "
-                f"--nthreads 1 --nworkers {threads}."
-            )
+            advice = f"start it with --nthreads 1 --nworkers {threads}"
+            raise UserError(f"Worker {address} has {threads} threads, a run needs one: {advice}.")
     path = temporary_name(cache_root())
     with locked(path):
         path.write_text(path.name, encoding="utf-8")
@@ -143,17 +134,14 @@ def check_workers(client: Client) -> dict[str, str]:
     ours = about() | {"device": first["device"]}  # a node that only submits may have no card
     for address, seen in found.items():
         if seen["token"] != path.name:
-            raise UserError(
-                f"Worker {address} on {seen['host']} does not see the cache {cache_root()}; it has "
-                f"{seen['cache']}: set DTLIB_CACHE there to this folder, on a shared disk."
-            )
+            what = f"Worker {address} on {seen['host']} does not see the cache {cache_root()}"
+            advice = "set DTLIB_CACHE there to this folder, on a shared disk"
+            raise UserError(f"{what}; it has {seen['cache']}: {advice}.")
         check_same(seen["about"], ours, address)
         card = (seen["host"], seen["card"])
         if first["device"] == "cuda" and card in cards:
-            raise UserError(
-                f"Two workers on {seen['host']} use the same card (CUDA_VISIBLE_DEVICES="
-                f"{seen['card']}): start each with a card of its own."
-            )
+            what = f"Two workers on {seen['host']} use the same card"
+            raise UserError(f"{what}: give each a CUDA_VISIBLE_DEVICES of its own, not {card[1]}.")
         cards.add(card)
     if not all(seen["locks"] for seen in found.values()):
         print("Locks of this cache stay on one machine: start no second command on it meanwhile.")
@@ -166,10 +154,8 @@ def check_same(theirs: dict, ours: dict, worker: str) -> None:
     """Raise UserError where a worker has other versions, another ``dtlib`` or another device."""
     for name, value in ours.items():
         if theirs.get(name) != value:
-            raise UserError(
-                f"Worker {worker} has {name} {theirs.get(name)}, expected {value}: install there "
-                "what is here, and restart it; results of both would be mixed."
-            )
+            what = f"Worker {worker} has {name} {theirs.get(name)}, expected {value}"
+            raise UserError(f"{what}: install what is here, or results of both would be mixed.")
 
 
 def run_all(job: Callable, items: list, description: str) -> list:

@@ -116,11 +116,9 @@ def load(
     elif Path(name).suffix.lower() in files.SUFFIXES:
         columns, name = files.read_hdf5(typed(name)), Path(name).name
     else:
-        raise UserError(
-            f"Unknown data set {name[:80]!r}: expected collected:QUALITY or d4rl:QUALITY "
-            f"({', '.join(collected.QUALITIES)}), minari:ID (as minari:mujoco/hopper/medium-v0), "
-            "a path to .hdf5, or an object with get_dataset()."
-        )
+        known = f"collected:QUALITY or d4rl:QUALITY ({', '.join(collected.QUALITIES)}), minari:ID"
+        expected = f"{known}, a path to .hdf5, or an object with get_dataset()"
+        raise UserError(f"Unknown data set {name[:80]!r}: expected {expected}.")
     arrays, starts, notes = episodes.whole_episodes(name, columns, task, steps)
     found = Trajectories(name, *arrays, starts, notes)
     with np.errstate(over="ignore", invalid="ignore"):

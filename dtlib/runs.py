@@ -103,10 +103,8 @@ def fine_tuned(
         if not folder.exists():
             missing.append(config)
         elif Run.open(folder).record["data"]["fingerprint"] != prints[data]:
-            raise UserError(
-                f"The run in {folder} learnt from other data than {config.dataset!r} has now: "
-                "bring the old data back, or move that folder away."
-            )
+            what = f"The run in {folder} learnt from other data than {config.dataset!r} has now"
+            raise UserError(f"{what}: bring the old data back, or move that folder away.")
     steps = sum(config.epochs * config.steps_per_epoch for config in missing)
     about = f"fine-tuning {len(missing)} runs"
     run_all(fine_tune, missing, steps, about, device, processes, progress)

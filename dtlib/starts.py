@@ -109,10 +109,8 @@ def pretrained_folder(kind: str, size: str, seed: int, tokens: str = "") -> Path
     if not found:
         amount = f" --set tokens={tokens}" if tokens else ""
         command = f"`python -m dtlib pretrain {kind} --size {size}{amount}`"
-        raise UserError(
-            f"There is no {kind!r} starting point of size {size!r} here: make one with {command}, "
-            "or take size='mini', which is shipped."
-        )
+        what = f"There is no {kind!r} starting point of size {size!r} here"
+        raise UserError(f"{what}: make one with {command}, or take size='mini', which is shipped.")
     return found[sorted(found)[seed % len(found)]]
 
 

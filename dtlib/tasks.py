@@ -50,12 +50,8 @@ class Task:
             os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium warns that -v4 is old
-            return gymnasium.make(
-                self.environment,
-                max_episode_steps=self.horizon,
-                disable_env_checker=True,
-                **options,
-            )
+            options |= {"max_episode_steps": self.horizon, "disable_env_checker": True}
+            return gymnasium.make(self.environment, **options)
 
 
 ROBOTS = (  # name, environment, S, A, targets of the released code

@@ -23,10 +23,8 @@ NEW_BIASES = r"(h\.\d+\.ln_[12]|ln_f)\.bias"
 
 
 # What a folder's config.json decides; everything else in it is about vocabulary and dropout.
-FROM_CONFIG = (
-    *("n_layer", "n_embd", "n_head", "n_inner"),
-    *("activation_function", "layer_norm_epsilon", "initializer_range"),
-)
+FROM_CONFIG = ("n_layer", "n_embd", "n_head", "n_inner")
+FROM_CONFIG += ("activation_function", "layer_norm_epsilon", "initializer_range")
 
 
 class Backbone(BaseModel):
@@ -70,10 +68,9 @@ def read_config(folder: Path) -> dict:
     inner = found.n_inner or 4 * found.n_embd
     size = 4 * found.n_layer * found.n_embd * (4 * found.n_embd + 2 * inner)
     if found.n_embd % found.n_head or size > memory():
-        raise UserError(
-            f"{path}: n_embd={found.n_embd} must be divisible by n_head={found.n_head}, and its "
-            f"blocks, {size / 1e9:.0f} GB, must fit in this machine, {memory() / 1e9:.0f} GB."
-        )
+        heads = f"n_embd={found.n_embd} must be divisible by n_head={found.n_head}"
+        room = f"the blocks, {size / 1e9:.0f} GB, must fit in {memory() / 1e9:.0f} GB of memory"
+        raise UserError(f"{path}: {heads}, and {room}.")
     return config | {name: value for name, value in found if name in config}
 
 

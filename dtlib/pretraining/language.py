@@ -16,19 +16,11 @@ import tokenizers
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
+from dtlib import storage
 from dtlib.errors import UserError, explained
 from dtlib.pretraining.corpus import HELD_OUT, Corpus, count_within
 from dtlib.progress import tqdm
-from dtlib.storage import (
-    cache_root,
-    digest,
-    growing,
-    read_tensors,
-    seal,
-    typed,
-    write_tensors,
-    write_text,
-)
+from dtlib.storage import digest, typed, write_text
 
 LAYOUT = 1  # of the cached tokens
 TEXTS = (".txt", ".md", ".rst", ".tokens", ".raw")
@@ -55,19 +47,18 @@ def language(
     identity, documents = _source(corpus, progress)
     given = vocabulary if tokenizer is None else _checked(tokenizer)
     key = digest([LAYOUT, given, tokenizers.__version__, identity])
-    folder = cache_root() / "corpora" / f"language-{key[:12]}"
-    with growing(folder, remake=True) as partial:
+    folder = storage.cache_root() / "corpora" / f"language-{key[:12]}"
+    with storage.growing(folder, remake=True) as partial:
         if partial:
             _tokenise(documents, corpus, given, partial)
-            seal(partial)
+            storage.seal(partial)
     tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    streams = read_tensors(folder / "tokens.safetensors")
+    streams = storage.read_tensors(folder / "tokens.safetensors")
     train, kept = streams["train"].numpy(), streams["held_out"].numpy()
     if min(len(train), len(kept)) < sequence + 1:
-        raise UserError(
-            f"The corpus {corpus!r} has only {len(train)} tokens to learn from and {len(kept)} "
-            f"held out, where a sequence takes {sequence + 1}: give more text."
-        )
+        has = f"has only {len(train)} tokens to learn from and {len(kept)} held out"
+        needs = f"where a sequence takes {sequence + 1}: give more text"
+        raise UserError(f"The corpus {corpus!r} {has}, {needs}.")
 
     def cut(tokens: np.ndarray, first: np.ndarray) -> np.ndarray:
         return tokens[first[:, None] + np.arange(sequence + 1)].astype(np.int64)
@@ -216,7 +207,7 @@ def _tokenise(documents: Iterator, corpus: str, given: str | int, folder: Path) 
         "sources": sources,
     }
     streams = {part: torch.from_numpy(stream) for part, stream in streams.items()}
-    write_tensors(folder / "tokens.safetensors", streams)
+    storage.write_tensors(folder / "tokens.safetensors", streams)
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
     write_text(folder / "facts.json", facts)
 

@@ -6,7 +6,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -175,9 +175,8 @@ def is_trial(folder: Path, config: PretrainConfig) -> bool:
     record = folder / "training.json"
     if folder.parent != storage.cache_root() / "starting_points" or not record.is_file():
         return False
-    known = json.loads(record.read_text(encoding="utf-8"))["config"]
-    own = {"seed": config.seed, "precision": config.precision}
-    return {"tokens": "", **known, **own} != asdict(config)
+    known = PretrainConfig(**json.loads(record.read_text(encoding="utf-8"))["config"])
+    return replace(known, seed=config.seed, precision=config.precision) != config
 
 
 def pretrain_all(configs: list[PretrainConfig], device: str = "auto") -> list[Path]:

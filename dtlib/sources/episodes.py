@@ -47,10 +47,8 @@ def _checked(name: str, source: dict, task: Task, steps: int | None) -> dict[str
         shape = {"observations": (task.state_dim,), "actions": (task.action_dim,)}.get(key, ())
         fits = array.shape[1:] in {shape, shape or (1,)}  # (N, 1) passes for (N,), as in d4rl
         if array.ndim == 0 or not fits or array.dtype.kind not in "fiub":
-            raise UserError(
-                f"{name}: {key} is {array.dtype} of shape {array.shape}, {task.name} needs numbers "
-                f"of shape {('N', *shape)}; choose one of {task.name}'s data sets."
-            )
+            needs = f"{task.name} needs numbers of shape {('N', *shape)}: choose its own data"
+            raise UserError(f"{name}: {key} is {array.dtype} of shape {array.shape}, {needs}.")
         columns[key] = np.asarray(array[:steps], np.float32).reshape(-1, *shape)
         if not (finite := np.isfinite(columns[key])).all():
             step = np.argwhere(~finite)[0, 0]
@@ -89,10 +87,8 @@ def _find(name: str, columns: dict, task: Task) -> tuple[np.ndarray, list[str]]:
         notes.append(f"no timeouts in the data: episodes also end at the horizon, {horizon} steps")
     starts = np.concatenate([[0], np.flatnonzero(ends) + 1])
     if len(starts) == 1:
-        raise UserError(
-            f"{name}: no episode ends within {rows:,} steps; expected terminals, timeouts or, "
-            f"without a timeouts array, {horizon} steps in a row. Take more steps or mend the data."
-        )
+        what = f"no episode ends within {rows:,} steps, by terminals, timeouts or, without timeouts"
+        raise UserError(f"{name}: {what}, after {horizon} steps; take more steps or mend the data.")
     if (longest := np.diff(starts).max()) > horizon:
         problem = f"an episode has {longest:,} steps, more than the task's horizon, {horizon}"
         raise UserError(f"{name}: {problem}; cut it there.")

@@ -53,10 +53,8 @@ def _read_array(path: Path, file: h5py.File, key: str, link: object) -> np.ndarr
     settings = array.id.get_create_plist()
     for code, *_ in map(settings.get_filter, range(settings.get_nfilters())):
         if not h5py.h5z.filter_avail(code):
-            raise UserError(
-                f"{path}: {key} is compressed by filter {code}, which is not installed for h5py: "
-                "install it, or copy the file without (h5repack -f NONE)."
-            )
+            advice = "install it for h5py, or copy the file without (h5repack -f NONE)"
+            raise UserError(f"{path}: {key} is compressed by filter {code}: {advice}.")
     return array[()]
 
 

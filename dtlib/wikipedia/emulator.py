@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 
-try:
+with explained("Games need ale-py", "`pip install 'dtlib[games]'`", ModuleNotFoundError):
     from ale_py.vector_env import AtariVectorEnv
-except ModuleNotFoundError as error:  # an extra
-    raise UserError("Games need ale-py: install it with `pip install 'dtlib[games]'`.") from error
 
 HORIZON = 27_000  # steps, 30 minutes of play: DQN's and Chen et al.'s longest episode
 STACK = 4  # screens in a state

@@ -62,8 +62,8 @@ class GameConfig(Checked):
         """Return the game's own values. Raises UserError for an unknown game or start."""
         get_starting_point(self.initialisation)
         game = get_game(self.game)
-        own = game.context, game.batch_size, game.target
-        return dict(zip(("context", "batch_size", "target_return"), own, strict=True))
+        own = {"context": game.context, "batch_size": game.batch_size}
+        return own | {"target_return": game.target}
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from dtlib.config import RunConfig
 from dtlib.data import Windows
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.model import DecisionTransformer
 from dtlib.pretraining.corpus import Corpus
 from dtlib.pretraining.language import language
@@ -145,10 +145,8 @@ def add_adapters(blocks: nn.ModuleList, rank: int, seed: int) -> None:
 
     Raises UserError where the package ``peft`` is missing.
     """
-    try:
+    with explained("Adapters need peft", "`pip install 'dtlib[adapters]'`", ModuleNotFoundError):
         import peft  # an extra
-    except ModuleNotFoundError as error:
-        raise UserError("Adapters need peft: `pip install 'dtlib[adapters]'`.") from error
     if not hasattr(blocks[0], "attn"):
         raise UserError("Adapters fit GPT-2's and ImageGPT's blocks only: set adapter_rank=0.")
     where = {"target_modules": r"\d+\.attn\.c_(attn|proj)", "fan_in_fan_out": True}
