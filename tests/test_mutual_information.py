@@ -148,7 +148,6 @@ def test_estimates_reach_the_closed_form(correlation):
     x, y, truth = gaussian_pairs(correlation, 3000, problems=3)
     variates = variates_of(x, y)
     assert without_critics.gaussian(*variates[2:]).mean().item() == pytest.approx(truth, abs=0.05)
-    assert without_critics.ksg(*variates[2:]).mean().item() == pytest.approx(truth, abs=0.1)
     assert truth - 0.2 < mi.info_nce(*variates).mean().item() < truth + 0.05
     big = mi.mine(
         x[:, :1000].float(),
@@ -208,26 +207,6 @@ def test_canonical_variates_are_those_of_linear_algebra():
     np.testing.assert_allclose((u * v).mean(1)[0].numpy(), expected, atol=2e-3)
     np.testing.assert_allclose((u.mT @ v / 1000)[0].numpy(), np.diag(expected), atol=2e-3)
     assert held_out.shape == (1, 500, 3)
-
-
-def test_ksg_equals_its_definition():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(2, 40, 2))
-    y += x
-    psi = [-np.euler_gamma]
-    for n in range(1, 60):
-        psi.append(psi[-1] + 1 / n)  # psi[n - 1] = ψ(n)
-    total = 0.0
-    for i in range(40):
-        far_x, far_y = (np.abs(part - part[i]).max(1) for part in (x, y))
-        radius = sorted(np.maximum(far_x, far_y))[3]  # the third nearest beside itself
-        total += (
-            psi[(far_x < radius).sum() - 1] + psi[(far_y < radius).sum() - 1]
-        )  # n + 1, itself being the one
-    expected = psi[2] + psi[39] - total / 40
-    assert without_critics.ksg(
-        torch.tensor(x)[None], torch.tensor(y)[None]
-    ).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_bounds_of_given_scores():
