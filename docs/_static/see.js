@@ -29,7 +29,7 @@ const mean = numbers => numbers.reduce((sum, value) => sum + value, 0) / numbers
 const plain = { responsive: true, displayModeBar: false };
 const aroundWhite = [[0, "#2166ac"], [0.5, "#ffffff"], [1, "#b2182b"]];
 
-// One line a starting point: the mean of the seeds, their range, and each seed thin.
+// One line a starting point: the mean of the seeds, and each seed thin.
 function lines(box, { rows, menus, x, y, colours, measures }) {
   const draw = (fitting, chosen) => {
     const measure = chosen.measure.value, traces = [];
@@ -39,9 +39,6 @@ function lines(box, { rows, menus, x, y, colours, measures }) {
       const line = { color: colours[start] || "#555555", width: 2.5 };
       const common = { legendgroup: start, mode: "lines" };
       const every = at.map(point => own.filter(row => row[x] === point).map(row => row[measure]));
-      const band = [...every.map(v => Math.max(...v)), ...every.map(v => Math.min(...v)).reverse()];
-      traces.push({ ...common, x: [...at, ...at.slice().reverse()], y: band, fill: "toself",
-        line: { width: 0, color: line.color }, opacity: 0.25, hoverinfo: "skip", showlegend: false });
       for (const seed of values(own, "seed")) {
         const one = at.map(point => mean(own.filter(row =>
           row[x] === point && String(row.seed) === seed).map(row => row[measure])));
