@@ -37,7 +37,7 @@ lab: .venv/installed              # opens the reading group's guide, rendered
 	mkdir -p .venv/share/jupyter/lab/settings
 	echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}' \
 		> .venv/share/jupyter/lab/settings/overrides.json
-	.venv/bin/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/README.md
+	OMP_NUM_THREADS=1 .venv/bin/python -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/README.md
 
 book: .venv/installed             # build/book/index.html: everything, to read without running
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[book]'

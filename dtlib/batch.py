@@ -285,6 +285,7 @@ def execute(job: Job, root: Path, folder: Path) -> None:
         write_kernel_spec(Path(home, "kernels/python3"), extra_arguments=["--log-level=CRITICAL"])
         about = {"DTLIB_FIGURES": str(folder.parents[1]), "DTLIB_OVERRIDES": json.dumps(job.chosen)}
         about |= {"DTLIB_CACHE": str(cache_root()), "JUPYTER_RUNTIME_DIR": home}
+        about["OMP_NUM_THREADS"] = "1"  # no digit depends on the number of cores
         output = str(copy).replace("{", "{{").replace("}", "}}")
         notebook = nbformat.read(job.path, as_version=4)
         connection = {"connection_file": f"{home}/kernel.json"}  # else it survives kill -9

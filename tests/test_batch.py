@@ -328,6 +328,7 @@ for end in ("png", "pdf", "csv"):
     for stem in ("curve", "curve_b_walker2d"):
         (folder / f"{stem}.{end}").touch()
 about = [sys.executable, os.getcwd(), rate, seeds, fast, os.environ["DTLIB_OVERRIDES"]]
+about.append(os.environ["OMP_NUM_THREADS"])
 (folder / "results.json").write_text(json.dumps(about))"""
 
 
@@ -349,7 +350,7 @@ def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(
     folder = repository / figures / "smoke" / "00_first"
     about = [sys.executable, str(repository), 1e-4, [0, 1], True]
     overrides = '{"rate": 0.0001, "fast": true}'
-    assert json.loads((folder / "results.json").read_text()) == [*about, overrides]
+    assert json.loads((folder / "results.json").read_text()) == [*about, overrides, "1"]
     assert json.loads((folder / "figures.json").read_text()) == {
         "curve": {"notebook": "00_first", "cell": "figure-curve", "commit": ""},
         "curve_b_walker2d": {"notebook": "00_first", "cell": "figure-curve_b", "commit": ""},
