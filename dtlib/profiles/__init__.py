@@ -10,7 +10,6 @@ import contextlib
 import functools
 import http.client
 import importlib.util
-import os
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from dtlib.devices import choose_device, fast_precision
 from dtlib.errors import UserError
 from dtlib.sources import files
 from dtlib.starts import get_starting_point, pretrained_name, pretrained_size, weights_folder
-from dtlib.storage import repository, typed
+from dtlib.storage import typed
 from dtlib.tasks import get_task
 
 PROFILES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yml")))
@@ -125,26 +124,15 @@ def _lacks_to_start(values: dict) -> Iterator[str]:
 
 
 def _lacks_for_b(values: dict) -> Iterator[str]:
-    """What paper B's parts need: packages, and DQN-replay's files."""
-    games, variants = values.get("games", []), {*values.get("variants", [])}
-    corpus, replay = values.get("cotraining_corpus", "python"), values.get("game_data", "collected")
+    """Packages that paper B's variants need."""
+    variants, corpus = {*values.get("variants", [])}, values.get("cotraining_corpus", "python")
     # Without a corpus, a language model of the hub learns on from wikitext-103.
     from_hub = not corpus and get_starting_point(values.get("language", "language")).hub
     reads = READ_TEXT & variants and ("wikitext" in corpus or from_hub)
-    extras = ("ale_py", "games", games), ("peft", "adapters", "adapters" in variants)
-    for package, extra, needed in (*extras, ("datasets", "wikitext", reads)):
+    extras = ("peft", "adapters", "adapters" in variants), ("datasets", "wikitext", reads)
+    for package, extra, needed in extras:
         if needed and not importlib.util.find_spec(package):
-            yield f"the package {package.replace('_', '-')} (pip install 'dtlib[{extra}]')"
-    for game in games if replay != "collected" and importlib.util.find_spec("ale_py") else []:
-        from dtlib.wikipedia.games import GameConfig
-        from dtlib.wikipedia.replay import replay_files
-
-        folder = repository() / os.path.expanduser(replay) / game
-        chosen = values.get("game_settings", {"data_checkpoints": [0]})  # the fewest files
-        known = GameConfig(game=game, data=str(folder), **chosen)
-        if absent := [f for f in replay_files(folder, known.data_checkpoints) if not f.is_file()]:
-            origin = "of gs://atari-replay-datasets/dqn, that game's 1/replay_logs"
-            yield f"{len(absent)} files in {folder}, such as {absent[0].name} ({origin})"
+            yield f"the package {package} (pip install 'dtlib[{extra}]')"
 
 
 def to_be_pretrained(profile: str, values: dict) -> list:
@@ -156,13 +144,9 @@ def to_be_pretrained(profile: str, values: dict) -> list:
 
     size = training(profile, values.get("overrides"))["size"]
     wanted = [(name, size) for name in _starting_points(values)]
-    wanted += [(name, own) for name in values.get("scaled", []) for own in values.get("sizes", [])]
     for own, amounts in values.get("amounts", {}).items():
         kinds = values.get("pretrained", [])
         wanted += [(pretrained_name(kind, tokens), own) for tokens in amounts for kind in kinds]
-    if values.get("games"):
-        own = values["game_settings"].get("size", "atari")
-        wanted += [(name, own) for name in values.get("game_initialisations", [])]
     found, precision = [], fast_precision(choose_device("auto"))
     for name, own in wanted:
         if (point := get_starting_point(name)).pretrained is None:
