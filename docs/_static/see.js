@@ -155,7 +155,7 @@ function windows(box, { models, menus, context }) {
 
 // One line a verdict, that opens: the rule, the effect with its interval, the notebook.
 function verdicts(box, { rows, menus }) {
-  const marks = { supported: "●", "not supported": "○", undecided: "–" };
+  const marks = { supported: "●", undecided: "○", "not supported": "✕" };
   const draw = fitting => {
     below.replaceChildren(`${fitting.length} of ${rows.length} verdicts.`);
     for (const row of fitting) {
