@@ -46,6 +46,8 @@ def prepare(wanted: list[str]) -> list[Path]:
             if "parameters" in cell.metadata.get("tags", []) and not job.path.name.startswith("10"):
                 lines = [f"{name} = {value!r}" for name, value in job.values.items()]
                 cell.source = "\n".join(lines)
+            if cell.cell_type == "markdown":  # its pictures lie where they did
+                cell.source = batch.with_links(cell.source, job.path.parent, FOLDER)
         copies.append(FOLDER / job.path.name)
         nbformat.write(notebook, copies[-1])
     settings = FOLDER / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
@@ -60,7 +62,7 @@ def start_lab() -> tuple[subprocess.Popen, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = f"{sys.executable} -m jupyterlab --no-browser --port={port} --ip=127.0.0.1"
-    command += f" --IdentityProvider.token= --ServerApp.root_dir={FOLDER} --allow-root"
+    command += f" --IdentityProvider.token= --ServerApp.root_dir={ROOT} --allow-root"
     env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(FOLDER / "settings")}
     lab = subprocess.Popen(command.split(), env=env, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
@@ -122,7 +124,7 @@ def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]
     name, found, began = path.stem, [], time.monotonic()
     page.on("pageerror", lambda error: found.append(f"{name}: {error}"))
     page.on("console", lambda m: m.type == "error" and found.append(f"{name}: console: {m.text}"))
-    page.goto(f"{address}/lab/tree/{path.name}?reset", wait_until="load")
+    page.goto(f"{address}/lab/tree/{path.relative_to(ROOT)}?reset", wait_until="load")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
     page.wait_for_selector('[data-status="idle"]', timeout=120_000)  # the kernel is there
     page.get_by_role("menuitem", name="Run", exact=True).click()
