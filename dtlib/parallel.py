@@ -134,8 +134,13 @@ def in_threads(job: Callable, items: Iterable, device: str) -> list:
     On a CPU each job has one core, so that numbers do not depend on how many there are.
     """
     threads = joblib.cpu_count() if device == "cpu" else 1
+
+    def alone(item: object) -> object:
+        with one_thread(device):  # MKL keeps a number for each thread
+            return job(item)
+
     with one_thread(device):
-        return joblib.Parallel(threads, backend="threading")(map(joblib.delayed(job), items))
+        return joblib.Parallel(threads, backend="threading")(map(joblib.delayed(alone), items))
 
 
 @contextlib.contextmanager

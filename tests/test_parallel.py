@@ -212,6 +212,26 @@ def workers_of(pid):
     return [child for child in children if "popen_loky_posix" in " ".join(child.cmdline())]
 
 
+def test_numbers_of_threads_do_not_depend_on_the_number_of_cores():
+    """MKL counts for each thread: the first products of a new one took all cores."""
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    pairs = [
+        (torch.randn(90 + i, n, generator=generator), torch.randn(n, 300 + i, generator=generator))
+        for i, n in enumerate(range(1000, 1040))
+    ]
+
+    def job(_):
+        return [(a @ b).sum().item() for a, b in pairs]
+
+    try:
+        torch.set_num_threads(1)
+        alone = job(0)
+        torch.set_num_threads(2)
+        assert in_threads(job, range(2), "cpu") == [alone, alone]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_threads_keep_the_order_and_have_one_core_each():
     before = torch.get_num_threads()
 
