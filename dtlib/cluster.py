@@ -5,6 +5,7 @@ work or failed, and gives up all runs with the first error.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -87,9 +88,14 @@ def _logs() -> Path:
 
 def about() -> dict[str, str]:
     """Return what must be the same on all workers, for their results to be of one kind."""
-    code = digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
-    known = {"dtlib": code, "Python": platform.python_version(), **versions()}
+    known = {"dtlib": _sources(), "Python": platform.python_version(), **versions()}
     return known | {"device": choose_device()}
+
+
+@functools.cache
+def _sources() -> str:
+    """Computed once: a worker keeps the code that it loaded, whatever is edited afterwards."""
+    return digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
 
 
 def _look(token: str) -> dict:
