@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import textwrap
 import time
 from collections.abc import Callable, Iterable
@@ -39,16 +40,19 @@ ALIASES = {"language": "gpt2", "image": "igpt", "image-native": "igpt-native", "
 ALIASES |= {f"smollm2-{how}": f"language-{how}" for how in ("shuffled", "rotated")}
 STYLES |= {ours: STYLES[theirs] for ours, theirs in ALIASES.items()}
 COLOURS = {name: style[0] for name, style in STYLES.items()}
+# From top to bottom and from left to right, wherever the order is not part of the result.
+ORDER = ("random", "random-matched", "language", "language-shuffled", "language-rotated", "image")
+ORDER += ("image-native", "markov", "iid")
 # Marks of the verdicts: they differ in shape and in filling.
 VERDICTS = {
     "supported": {"marker": "o", "color": "0.15"},
     "undecided": {"marker": "o", "color": "0.6", "markerfacecolor": "none"},
-    "not supported": {"marker": "X", "color": "0.15", "markerfacecolor": "white"},
+    "not supported": {"marker": "x", "color": "0.15", "markeredgewidth": 1.8},
 }
 
 
 def use_style() -> None:
-    """Set the style for this process: figures legible on half a page, tables with whole texts."""
+    """Set the style for this process: figures for a page 7 inches wide, tables with whole texts."""
     sizes = {"font.size": 10, "axes.titlesize": 10, "legend.fontsize": 9, "lines.markersize": 5}
     boxes = {"axes.spines.top": False, "axes.spines.right": False, "legend.edgecolor": "none"}
     layout = {"figure.figsize": (5.0, 3.4), "figure.constrained_layout.use": True}
@@ -89,17 +93,27 @@ def look(name: str, **own) -> dict:
     return {"color": colour, "marker": marker, "linestyle": ""} | own
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return ``names`` of starting points as ``ORDER`` has them; names that it lacks come last."""
+    place = {name: i for i, name in enumerate(ORDER)}
+    return sorted(
+        names, key=lambda name: place.get(name.replace("smollm2", "language"), len(place))
+    )
+
+
 def dots(
     ax: plt.Axes,
     rows: dict[str, pd.DataFrame],
     against: str | None = None,
     within: tuple[float, float] = (-np.inf, np.inf),
+    shown: tuple[float, float] | None = None,
 ) -> None:
     """Draw one line of marks for each of ``rows``: {label: table of seeds × starting points}.
 
     Large mark and bar: mean and 95 % t-interval over seeds; on a logarithmic axis, if all values
     are positive, the geometric mean and the interval of the logarithms. Small marks: the seeds.
-    Bars end at the bounds ``within`` which the quantity lies. The first row is at the top.
+    Bars end at the bounds ``within`` which the quantity lies. ``shown``: the ends of the x axis; a
+    bar that leaves it ends in an arrowhead, beside its numbers. The first row is at the top.
     ``against``: a column; what is drawn are differences to it, seed by seed, beside a line at zero.
     NaN values are left out. ``{name: table[[name]]}`` gives one row a start.
     """
@@ -108,20 +122,53 @@ def dots(
             table = table.drop(columns=against).sub(table[against], axis=0)
         for i, name in enumerate(table):
             at, values = y + 0.7 * ((i + 0.5) / table.shape[1] - 0.5), table[name].dropna()
-            mean, low, high = np.clip(t_interval(values), *within)
-            small = look(name, markersize=3, alpha=0.4, markeredgewidth=0)
+            mean, low, high = np.clip(exact := t_interval(values), *within)
+            if not np.allclose(exact, (mean, low, high), equal_nan=True):
+                note(ax, "bars are cut where the quantity ends")
+            small = look(name, marker="|", markersize=7, alpha=0.6)
             ax.plot(values, [at] * len(values), **small)
             bar = ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], **look(name))
             if len(values):
                 logarithms = t_interval(np.log(values.where(values > 0)))
                 bar.by_logarithm = np.clip(np.exp(logarithms), *within)
-            note(ax, *("small marks: seeds", BARS)[: max(0, len(values) - 1)])  # bars need three
+            note(ax, *("ticks: seeds", BARS)[: max(0, len(values) - 1)])  # bars need three
+            if shown and len(values):
+                _beyond(ax, at, (mean, low, high), shown, name)
     fit_bars(ax)
+    if shown:
+        ax.set_xlim(shown)
     if against:
-        ax.axvline(0, color="0.7", linewidth=1, zorder=0)
+        zero(ax)
     ax.set_yticks(range(len(rows)), rows)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
+
+
+def _beyond(ax: plt.Axes, y: float, found: tuple, shown: tuple, name: str) -> None:
+    """Mark where mean and interval ``found`` leave the axis ``shown``, and write their numbers."""
+    mean, low, high = found
+    ends = (mean, mean) if np.isnan(low) else (low, high)
+    out = ends[0] < shown[0], ends[1] > shown[1]
+    for leaves, x, caret in zip(out, shown, (4, 5), strict=True):
+        if leaves:
+            ax.plot(x, y, **look(name, marker=caret), clip_on=False)
+    if any(out):
+        left = mean < sum(shown) / 2
+        words = f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")
+        words = words.replace("-", "−")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        place = {
+            "xytext": (8 if left else -8, 3),
+            "ha": "left" if left else "right",
+            "va": "bottom",
+        }
+        at = (shown[0] if left else shown[1], y)
+        ax.annotate(words, at, textcoords="offset points", fontsize=8, bbox=box, **place)
+
+
+def zero(ax: plt.Axes) -> None:
+    """Draw the line at x = 0, where two things do not differ."""
+    ax.axvline(0, color="0.4", linewidth=1, zorder=0)
 
 
 def series(ax: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
@@ -140,39 +187,36 @@ def series(ax: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
             note(ax, BARS)
 
 
-def small_multiples(
+def learning_curves(
     curves: pd.DataFrame, names: list[str], against: str, values: dict[str, str]
 ) -> plt.Figure:
-    """Draw learning curves, a column of panels for each of ``names``, and how they end.
+    """Draw learning curves from the first epoch on, and how far apart they end.
 
     ``curves``: columns initialisation, seed, step, and each of ``values`` {column: label}, which
-    gets a row of panels. Thick: mean over seeds. Thin: seeds. Grey: the mean of ``against``. Right:
-    the last step's differences to ``against``, as in ``dots``. The panels of a row share y: to make
-    the first row's logarithmic, call ``log_axis(figure.axes[0])``.
+    gets a row of two panels. Left: the mean over seeds for each of ``names``; ``against``, the
+    control, is thick. Right: the last step's differences to the control, as in ``dots``; the names
+    of its rows, in colour, name the lines.
     """
-    shown = [name for name in names if name != against]
-    size = {"figsize": (7.0, 0.7 + 1.6 * len(values)), "squeeze": False}
-    widths = [1] * len(shown) + [1.6]
-    figure, axes = plt.subplots(len(values), len(widths), width_ratios=widths, **size)
-    for i, (row, (value, label)) in enumerate(zip(axes, values.items(), strict=True)):
-        wide = curves.pivot(index="step", columns=["initialisation", "seed"], values=value)
-        for ax, name in zip(row, shown, strict=False):
-            ax.plot(wide[against].mean(axis=1), color="0.6", linewidth=2.5)
-            ax.plot(wide[name], color=look(name)["color"], linewidth=0.7, alpha=0.6)
-            ax.plot(wide[name].mean(axis=1), **look(name, linestyle="-", markersize=4))
-            ax.margins(x=0.1)  # the first and the last mark are whole
-            note(ax, "thin lines: seeds")
-            ax.sharey(row[0])
-            ax.tick_params(labelleft=ax is row[0], labelbottom=i == len(axes) - 1)
+    shown = [name for name in in_order(names) if name != against]
+    height = 0.7 + len(values) * max(1.5, 0.6 + 0.26 * len(shown))
+    shape = {"figsize": (7.0, height), "width_ratios": (1, 1.2), "squeeze": False}
+    figure, axes = plt.subplots(len(values), 2, **shape)
+    trained = curves[curves.step > 0]
+    for (left, right), (value, label) in zip(axes, values.items(), strict=True):
+        wide = trained.pivot(index="step", columns=["initialisation", "seed"], values=value)
+        for name in (against, *shown):
+            style = {"linestyle": STYLES.get(name, ("", "", "-"))[2]}
+            style |= {"linewidth": 3 if name == against else 1.2, "markersize": 4}
+            left.plot(wide[name].mean(axis=1), **look(name, **style))
+        left.set_ylabel(label)
         last = wide.iloc[-1].unstack("initialisation")
-        dots(row[-1], {name: last[[name, against]] for name in shown}, against)
-        row[-1].yaxis.tick_right()
-        row[-1].locator_params(axis="x", nbins=3)
-        row[0].set_ylabel(label)
-    for ax, name in zip(axes[0], shown, strict=False):
-        ax.set_title(name, fontsize=8, color=look(name)["color"])
-    axes[0, -1].set_title(f"last, minus\n{against}", fontsize=8)
-    figure.supxlabel(f"training step; grey: {against}", fontsize=10)
+        dots(right, {name: last[[name, against]] for name in shown}, against)
+        right.set_xlabel(f"last {label}, minus {against}")
+        right.yaxis.tick_right()
+        for text, name in zip(right.get_yticklabels(), shown, strict=True):
+            text.set_color(look(name)["color"])
+    axes[-1, 0].set_xlabel("training step")
+    note(axes[0, 0], f"left: means over seeds, the thick line is {against}")
     return figure
 
 
@@ -215,7 +259,8 @@ def strip(ax: plt.Axes, words: pd.DataFrame, marks: dict[str, dict] = VERDICTS) 
 
 def name_marks(figure: plt.Figure, names: Iterable[str], marks: dict | None = None) -> None:
     """Write the names beside their marks above the panels: of starting points, or of ``marks``."""
-    styles = {name: marks[name] if marks else look(name) for name in names}
+    styles = {name: marks[name] for name in names} if marks else {}
+    styles = styles or {name: look(name) for name in in_order(names)}
     handles = [
         plt.Line2D([], [], label=name, **{"linestyle": "", **style})
         for name, style in styles.items()
@@ -311,7 +356,7 @@ def lines(ax: plt.Axes, table: pd.DataFrame) -> None:
     ends = table.ffill().iloc[-1].rank()
     for name, rank in ends.items():
         line, colour = table[name].dropna(), look(name)["color"]
-        ax.plot(line, color=colour)
+        ax.plot(line, color=colour, linestyle=STYLES.get(name, ("", "", "-"))[2])
         va = "top" if rank == 1 else "bottom" if rank == len(ends) else "center"
         at = {"xytext": (4, 0), "textcoords": "offset points", "va": va, "annotation_clip": False}
         ax.annotate(name, (line.index[-1], line.iloc[-1]), color=colour, **at)
@@ -324,14 +369,20 @@ def log_axis(ax: plt.Axes) -> None:
 
 
 def alt_text(figure: plt.Figure, name: str) -> str:
-    """Return what a figure shows in words: each panel's title and axes, then all labels."""
-    panels, shown = [], []
+    """Return what a figure shows in words: its panels' titles and axes, rows, names and notes."""
+    panels, rows, shown, notes = [figure.get_supylabel(), figure.get_supxlabel()], [], [], []
     for ax in figure.axes:
         axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
         panels.append(": ".join(filter(None, (ax.get_title(), axes))))
+        rows += [text.get_text() for text in ax.get_yticklabels()]
         shown += ax.get_legend_handles_labels()[1]
-    parts = ["; ".join(dict.fromkeys(filter(None, panels))), ", ".join(dict.fromkeys(shown))]
-    return ". ".join([name.replace("_", " ").capitalize(), *filter(None, parts)]) + "."
+        notes += getattr(ax, "notes", [])
+    shown += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    rows = [row for row in rows if re.search("[A-Za-z]", row)]  # words, not the numbers of a scale
+    groups = ("; ".join, panels), (", ".join, rows), (", ".join, shown), ("; ".join, notes)
+    parts = [join(dict.fromkeys(filter(None, texts))) for join, texts in groups]
+    words = ". ".join([name.replace("_", " ").capitalize(), *filter(None, parts)]) + "."
+    return " ".join(re.sub(r"[$\\{}]", "", words).split())
 
 
 def of_task(name: str, task: str, tasks: list[str]) -> str:

@@ -48,7 +48,9 @@ def draw() -> plt.Figure:
 def test_a_figure_is_described_in_words():
     figure = draw()
     figure.axes[0].set(title="hopper", xlabel="step", ylabel="action error")
+    figures.note(figure.axes[0], "ticks: seeds")
     words = "Two curves. hopper: action error against step. random-matched, something new."
+    words += " ticks: seeds."
     assert figures.alt_text(figure, "two_curves") == words
 
 
@@ -172,6 +174,27 @@ def test_bars_end_where_the_quantity_ends():
     plt.close(figure)
 
 
+def test_a_bar_that_leaves_the_axis_says_its_numbers():
+    figure, ax = plt.subplots()
+    table = pd.DataFrame({"random": [-400.0, -300, -200], "markov": [1.0, 2.0, 3.0]})
+    figures.dots(ax, {"first": table, "second": table[["markov"]]}, shown=(-10, 10))
+    assert ax.get_xlim() == (-10, 10)
+    assert [text.get_text() for text in ax.texts] == ["−300 [−548, −52]"]
+    figures.dots(ax, {"first": table[["random"]][:1]}, shown=(-10, 10))  # one seed: no interval
+    assert ax.texts[-1].get_text() == "−400"
+    plt.close(figure)
+
+
+def test_starting_points_stand_in_one_order():
+    names = ["mine", "markov", "smollm2", "language-shuffled", "random-matched", "random"]
+    ordered = ["random", "random-matched", "smollm2", "language-shuffled", "markov", "mine"]
+    assert figures.in_order(names) == ordered
+    figure = plt.figure()
+    figures.name_marks(figure, names)
+    assert len(figure.legends[0].get_texts()) == len(names)
+    plt.close(figure)
+
+
 def test_series_draw_means_side_by_side():
     figure, ax = plt.subplots()
     by_depth = pd.DataFrame({0.0: [1.0, 2.0, 3.0], 1.0: [2.0, 3.0, 4.0]})
@@ -216,7 +239,7 @@ def test_tokens_are_drawn_three_a_step():
     plt.close(figure)
 
 
-def test_small_multiples_end_with_paired_differences():
+def test_learning_curves_end_with_paired_differences():
     curves = pd.DataFrame(
         [
             {"initialisation": name, "seed": seed, "step": step, "action_error": step + value}
@@ -225,13 +248,12 @@ def test_small_multiples_end_with_paired_differences():
             for step in (0, 200)
         ]
     )
-    figure = figures.small_multiples(curves, [*TABLE], "random", {"action_error": "error"})
-    of_markov, end = figure.axes
-    low, high = of_markov.transData.transform([[0, 0], [200, 0]])[:, 0]
-    room = 5 * figure.dpi / 72  # points
-    assert of_markov.bbox.x0 < low - room and high + room < of_markov.bbox.x1  # marks are whole
-    assert of_markov.get_title() == "markov" and len(of_markov.lines) == 5
+    figure = figures.learning_curves(curves, [*TABLE], "random", {"action_error": "error"})
+    left, end = figure.axes
+    assert [line.get_xdata().tolist() for line in left.lines] == [[200]] * 2  # not the start
+    assert left.lines[0].get_ydata() == pytest.approx([202])  # the control's mean
     assert end.containers[0][0].get_xdata() == pytest.approx([0.6])
+    assert [text.get_text() for text in end.get_yticklabels()] == ["markov"]
     plt.close(figure)
 
 
@@ -300,7 +322,7 @@ def test_what_marks_and_bars_are_stands_below_the_figure_once(seeds):
         figures.dots(ax, {"first": pd.DataFrame({"random": np.arange(seeds)})})
     box = layout.framed(figure, dpi=100)
     below = " ".join(text.get_text().replace("\n", " ") for text in figure.texts)
-    assert below.count("t-interval") == below.lower().count("small marks") == (seeds > 1)
+    assert below.count("t-interval") == below.lower().count("ticks") == (seeds > 1)
     assert (box.y0 < 0) == (seeds > 1)
     plt.close(figure)
 
