@@ -41,8 +41,7 @@ TRIES = 20  # workers that a run may lose; it goes on from its last epoch with e
 def connected(scheduler: str, slurm: str = "") -> Iterator[None]:
     """Send all runs inside the ``with`` to ``scheduler``, or to Slurm jobs that are started here.
 
-    ``slurm`` is JSON: "jobs" (their number) and arguments of dask_jobqueue.SLURMCluster. Checks the
-    workers before anything else is done. Raises UserError.
+    ``slurm``: JSON of "jobs" (their number) and arguments of SLURMCluster. Raises UserError.
     """
     with contextlib.ExitStack() as stack:
         if slurm:
@@ -63,7 +62,7 @@ def _slurm_jobs(text: str) -> object:
     signal.signal(signal.SIGINT, before)  # its import would let Ctrl-C exit without a word
     cache = f"export DTLIB_CACHE={str(cache_root())!r}"
     options = {"cores": 1, "memory": "4GB", "job_script_prologue": [cache]}
-    options["log_directory"] = str(_logs())
+    options["log_directory"] = str(cache_root() / "logs")
     example = """'{"jobs": 4, "queue": "gpu", "walltime": "04:00:00"}'"""
     advice = f"expected JSON with jobs and arguments of SLURMCluster, as {example}"
     with explained(f"--slurm {text}", advice, ValueError, TypeError):
@@ -82,20 +81,12 @@ def _client(scheduler: str) -> Client:
         return Client(scheduler, timeout=10, set_as_default=False)
 
 
-def _logs() -> Path:
-    return cache_root() / "logs"
-
-
+@functools.cache  # a worker keeps the code that it loaded, whatever is edited afterwards
 def about() -> dict[str, str]:
     """Return what must be the same on all workers, for their results to be of one kind."""
-    known = {"dtlib": _sources(), "Python": platform.python_version(), **versions()}
+    code = digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
+    known = {"dtlib": code, "Python": platform.python_version(), **versions()}
     return known | {"device": choose_device()}
-
-
-@functools.cache
-def _sources() -> str:
-    """Computed once: a worker keeps the code that it loaded, whatever is edited afterwards."""
-    return digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
 
 
 def _look(token: str) -> dict:
@@ -118,9 +109,8 @@ def _look(token: str) -> dict:
 def check_workers(client: Client) -> dict[str, str]:
     """Wait for a first worker; return what ``about`` must be on all of them.
 
-    Raises UserError unless each that is there has one thread, our cache, our versions and a card of
-    its own. Says where results of different processors would differ, and where locks reach one
-    machine only.
+    Raises UserError unless each has one thread, our cache, our versions and a card of its own. Says
+    where processors differ (their last digits do, too), and where locks reach one machine only.
     """
     if not client.nthreads():
         print("Waiting for the first worker.", flush=True)
@@ -194,10 +184,7 @@ def name_of(item: object) -> str:
 
 
 def _results(ended: dict[str, object]) -> list:
-    """Return the results of futures that have ended, by the names of their runs.
-
-    Raises the first error, and UserError if the scheduler is gone.
-    """
+    """Return the results of ended futures. Raises the first error; UserError: no scheduler."""
     if any(future.status in ("cancelled", "lost") for future in ended.values()):
         text = f"The scheduler at {os.environ[ADDRESS]} is gone: start it and its workers, then"
         raise UserError(f"{text} {AGAIN}.")
@@ -205,7 +192,7 @@ def _results(ended: dict[str, object]) -> list:
     if not failed:
         return [future.result() for future in ended.values()]
     name, error = failed[0], ended[failed[0]].exception()
-    log = _logs() / f"{name}.log"
+    log = cache_root() / "logs" / f"{name}.log"
     print(f"{len(failed)} of {len(ended)} failed, first {name}: see {log}.", flush=True)
     if isinstance(error, KilledWorker):
         text = f"Each of several workers that got {name} died, perhaps for lack of memory"
@@ -216,8 +203,9 @@ def _results(ended: dict[str, object]) -> list:
 def _task(job: Callable, item: object, expected: dict, name: str) -> object:
     """Run one job on a worker; write what happens into the cache's logs/NAME.log."""
     check_same(about(), expected, socket.gethostname())
-    _logs().mkdir(parents=True, exist_ok=True)
-    with open(_logs() / f"{name}.log", "a", encoding="utf-8") as file:
+    log = cache_root() / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
         done, said = 0, time.monotonic()
 
         def say(text: str) -> None:
