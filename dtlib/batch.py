@@ -12,7 +12,6 @@ import subprocess
 import symtable
 import sys
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -64,9 +63,7 @@ def find(folder: Path, wanted: list[str] | None) -> list[Path]:
     return sorted(set(found.values()))
 
 
-def plan(
-    folder: Path, profile: str, wanted: list[str] | None, settings: dict | Iterable[str]
-) -> list[Job]:
+def plan(folder: Path, profile: str, wanted: list | None, settings: dict | list) -> list[Job]:
     """Return what to run, checked. ``settings``, a dict or texts to parse, replace the profile's.
 
     Training settings among them go into ``overrides``. Raises UserError.
@@ -141,7 +138,7 @@ def _names(source: str) -> tuple[set[str], set[str]]:
 def run(
     profile: str,
     notebooks: list[str] | None = None,
-    settings: dict | Iterable[str] = (),
+    settings: dict | list[str] = (),
     figures: str = "figures",
     only_plan: bool = False,
     scheduler: str = "",
@@ -155,7 +152,6 @@ def run(
     """
     storage.sweep_cache()
     root, elsewhere = storage.repository(), scheduler or slurm
-    settings = settings if isinstance(settings, dict) else list(settings)
     jobs = plan(root / "notebooks", profile, notebooks, settings)
     jobs.sort(key=lambda job: bool(_about(job.path).get("after others")))  # it reads their results
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
@@ -213,9 +209,7 @@ def _run_one(job: Job, figures: Path) -> float:
     return time.monotonic() - began
 
 
-def _side_by_side(
-    jobs: list[Job], figures: Path, settings: dict | Iterable[str]
-) -> dict[str, float]:
+def _side_by_side(jobs: list[Job], figures: Path, settings: list[str]) -> dict[str, float]:
     """Train all runs of the jobs; then run notebooks at once, each by a command of its own.
 
     Notebooks whose metadata say "after others" come last. Raises UserError.
@@ -223,8 +217,7 @@ def _side_by_side(
     from dtlib.runs import fine_tuned  # slow to import
 
     fine_tuned([config for job in jobs for config in asked_for(job.path, job.values)])
-    texts = [f"{k}={v}" for k, v in settings.items()] if isinstance(settings, dict) else settings
-    options = ["--figures", str(figures), *(f"--set={text}" for text in texts)]
+    options = ["--figures", str(figures), *(f"--set={text}" for text in settings)]
 
     def run_one(job: Job) -> float:
         began, options_here = time.monotonic(), ["--profile", job.values["profile"], *options]
@@ -354,9 +347,7 @@ def _small(output: NotebookNode) -> NotebookNode:
         data.pop("text/plain", None)  # there is a picture or a table
     if picture := data.get("image/png"):
         small = io.BytesIO()
-        image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
         image.quantize(256).save(small, "png", optimize=True)
         data["image/png"] = base64.b64encode(small.getvalue()).decode()
     return output
