@@ -34,10 +34,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def unfinished() -> list[str]:
-    """Return a line for each unfinished run: whether it runs or was interrupted, and how far it is.
-
-    A run that runs holds its lock. An interrupted one goes on when it is asked for again.
-    """
+    """Return a line for each unfinished run: running (locked) or interrupted, and at which step."""
     sweep_cache()  # removes the locks of processes that died
     lines = []
     for folder in sorted(runs_root().glob(".partial/*/")):

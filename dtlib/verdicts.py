@@ -35,9 +35,8 @@ def decide(
 def report(rows: list[dict]) -> pd.DataFrame:
     """Say in sentences what ``decide`` gave; return the table to show below them.
 
-    Named are: how many of the paper's claims are decided by each measure, the claims whose verdict
-    changes with the measure, and what the verdicts mean. Columns without a number (intervals of two
-    seeds) are left out.
+    They count the paper's claims by verdict for each measure, and name those whose verdict changes
+    with the measure. Columns without a number (intervals of two seeds) are left out.
     """
     table = pd.DataFrame(rows)
     of_paper = table[table.section != "control"]

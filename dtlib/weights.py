@@ -106,10 +106,7 @@ def is_usual(folder: Path, size: str) -> bool:
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """Return a folder's safetensors: one file, or the parts that its index lists.
-
-    Raises UserError for an index that is damaged or names files elsewhere.
-    """
+    """Return a folder's safetensors: one, or those that its index lists. UserError if damaged."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists() or not index.is_file():
         return [whole]

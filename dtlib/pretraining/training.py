@@ -168,10 +168,7 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
 
 
 def is_trial(folder: Path, config: PretrainConfig) -> bool:
-    """Return whether a model in the cache was trained otherwise than ``config`` says.
-
-    Seed and precision are its own.
-    """
+    """Return whether a model in the cache was trained otherwise, but for seed and precision."""
     record = folder / "training.json"
     if folder.parent != storage.cache_root() / "starting_points" or not record.is_file():
         return False

@@ -23,10 +23,7 @@ SUFFIXES = {".hdf5", ".h5", *PICKLES}  # of paths; pickles are refused
 
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a file in D4RL's layout.
-
-    Raises UserError for a pickle, for what is no whole HDF5 file, and for arrays outside the file.
-    """
+    """Return the arrays of a whole HDF5 file in D4RL's layout. Raises UserError for others."""
     if not path.is_file():
         raise UserError(f"There is no file {path}: expected an HDF5 file in D4RL's layout.")
     head = np.fromfile(path, np.uint8, 2).tolist()
@@ -72,10 +69,7 @@ def data_files(dataset: str, task: Task) -> list[Path]:
 
 
 def d4rl_path(task: Task, quality: str) -> Path:
-    """Return where the d4rl package keeps a ``-v2`` file, in D4RL_DATASET_DIR or ~/.d4rl/datasets.
-
-    Raises UserError for an unknown quality.
-    """
+    """Return where d4rl keeps a ``-v2`` file: in D4RL_DATASET_DIR or ~/.d4rl/datasets."""
     if quality not in QUALITIES:
         known = ", ".join(QUALITIES)
         raise UserError(f"Unknown data set d4rl:{quality}: the qualities are {known}.")
@@ -86,9 +80,8 @@ def d4rl_path(task: Task, quality: str) -> Path:
 def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
     """Return D4RL's file, downloaded if it is absent.
 
-    We know of no published hashes of these files. So the SHA-256 of a file's first use is kept
-    beside it, in sha256sum's format, and checked at each later use. Raises UserError when the file
-    has changed since, or cannot be downloaded.
+    No hashes are published. So the SHA-256 of a file's first use is kept beside it, as sha256sum
+    does, and checked at each later use. Raises UserError if it differs, or if the download fails.
     """
     path = d4rl_path(task, quality)
     known = path.with_suffix(".sha256")
