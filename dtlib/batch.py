@@ -289,10 +289,8 @@ def execute(job: Job, root: Path, folder: Path) -> None:
                 papermill.execute_notebook(notebook, output, job.values, **settings)
         except papermill.PapermillExecutionError as error:
             first, last = error.source.strip().splitlines()[0], error.evalue.strip().split("\n")[-1]
-            raise UserError(
-                f"Notebook {name} failed in cell [{error.exec_count}] ({first}): {error.ename}: "
-                f"{last} (the whole traceback is in {copy})"
-            ) from error
+            what = f"Notebook {name} failed in cell [{error.exec_count}] ({first}): {error.ename}"
+            raise UserError(f"{what}: {last} (the whole traceback is in {copy})") from error
         except RuntimeError as error:  # the kernel died
             reason = f"{error}, perhaps for lack of memory; see {copy}"
             raise UserError(f"Notebook {name} stopped: {reason}.") from error
@@ -306,10 +304,7 @@ def execute(job: Job, root: Path, folder: Path) -> None:
 
 
 def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
-    """Return an executed notebook without times, progress bars and paths of this machine.
-
-    Pictures get 256 colours, a third of the bytes. The same outputs give the same bytes.
-    """
+    """Return an executed notebook without times, progress bars and paths of this machine."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     about = {"kernelspec": kernel, "language_info": {"name": "python"}}
     notebook.metadata = nbformat.from_dict(about)
@@ -324,10 +319,7 @@ def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
 
 
 def with_links(text: str, before: Path, after: Path) -> str:
-    """Return Markdown written for folder ``before`` whose links lead there from ``after``, too.
-
-    Links and pictures that name an existing file by a relative path are changed, nothing else.
-    """
+    """Return Markdown whose links to files, relative to ``before``, lead there from ``after``."""
 
     def lead(found: re.Match) -> str:
         target = before / found[0]
@@ -348,7 +340,7 @@ def _small(output: NotebookNode) -> NotebookNode:
     if picture := data.get("image/png"):
         small = io.BytesIO()
         image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
-        image.quantize(256).save(small, "png", optimize=True)
+        image.quantize(256).save(small, "png", optimize=True)  # a third of the bytes
         data["image/png"] = base64.b64encode(small.getvalue()).decode()
     return output
 

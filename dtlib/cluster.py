@@ -1,7 +1,6 @@
 """Runs on many machines: Dask gives each one to a worker, and all of them share DTLIB_CACHE.
 
-Dask's own interface is used and not joblib's backend for it, which does not say which run is at
-work or failed, and gives up all runs with the first error.
+Joblib's backend for Dask does not say which run is at work, and ends all with the first error.
 """
 
 import contextlib
@@ -161,7 +160,8 @@ def run_all(job: Callable, items: list, description: str) -> list:
     walltime loses its run to another one. All others end before an error is raised.
     """
     with _client(os.environ[ADDRESS]) as client:
-        expected, names = check_workers(client), [name_of(item) for item in items]
+        expected = check_workers(client)
+        names = [run_folder(i).name if isinstance(i, RunConfig) else i.name for i in items]
         futures = [
             client.submit(_task, job, item, expected, name, key=f"{name}-{time.time_ns()}")
             for item, name in zip(items, names, strict=True)
@@ -178,13 +178,11 @@ def run_all(job: Callable, items: list, description: str) -> list:
         return _results(dict(zip(names, futures, strict=True)))
 
 
-def name_of(item: object) -> str:
-    """Return the name of a run, or of a starting point to be pre-trained."""
-    return run_folder(item).name if isinstance(item, RunConfig) else item.name
-
-
 def _results(ended: dict[str, object]) -> list:
-    """Return the results of ended futures. Raises the first error; UserError: no scheduler."""
+    """Return the results of futures that have ended, by the names of their runs.
+
+    Raises the first error, and UserError if the scheduler is gone.
+    """
     if any(future.status in ("cancelled", "lost") for future in ended.values()):
         text = f"The scheduler at {os.environ[ADDRESS]} is gone: start it and its workers, then"
         raise UserError(f"{text} {AGAIN}.")

@@ -125,10 +125,7 @@ def dots(
 
 
 def series(ax: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
-    """Draw mean and 95 % t-interval over seeds at each x: {starting point: table of seeds × x}.
-
-    The starting points stand side by side, a few hundredths of the axis apart.
-    """
+    """Draw mean and t-interval at each x, side by side: {starting point: table of seeds × x}."""
     everywhere = [x for table in tables.values() for x in table]
     apart = 0.025 * (max(everywhere) - min(everywhere))
     for i, (name, table) in enumerate(tables.items()):

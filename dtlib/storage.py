@@ -147,7 +147,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     ``path`` is the old file or the whole new one, even after ``kill -9``. What that leaves is swept
     when the next file is written beside it. Raises ``UserError`` if the disk is full or read-only.
     """
-    path = Path(path)
     temporary = temporary_name(path.parent)
     try:
         with writing(path):

@@ -23,9 +23,8 @@ def decide(
     if measure not in MEASURES:
         raise ValueError(f"measure is {measure!r}; expected one of {MEASURES}")
     effect, low, high = t_interval(values)
-    verdict = (
-        "supported" if low > threshold else "not supported" if high < threshold else "undecided"
-    )
+    verdict = "not supported" if high < threshold else "undecided"
+    verdict = "supported" if low > threshold else verdict
     verdict = "not measured" if np.isnan(effect) else verdict
     about = {"section": section, "claim": claim, "rule": rule, "measure": measure, "task": task}
     found = {"effect": effect, "low": low, "high": high, "threshold": threshold}

@@ -119,10 +119,7 @@ def weights_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return a folder's tensors by their names without the hub's prefix, on the CPU.
-
-    Raises UserError for a file that is not whole safetensors, or not as it was sealed here.
-    """
+    """Return a folder's tensors, without the hub's prefix, on the CPU. UserError if damaged."""
     if changed := damaged(folder):
         advice = "bring that file back, or make the folder anew elsewhere"
         raise UserError(f"{changed} is not what was written when it was made: {advice}.")

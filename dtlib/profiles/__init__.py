@@ -129,10 +129,7 @@ def _lacks_for_b(values: dict) -> Iterator[str]:
 
 
 def to_be_pretrained(profile: str, values: dict) -> list:
-    """Return a PretrainConfig of each model that a notebook's parameters need and that is absent.
-
-    They learn in bfloat16 where the card or the processor multiplies it: three times as fast.
-    """
+    """Return a PretrainConfig of each absent model that a notebook's parameters need."""
     from dtlib.pretraining.training import PretrainConfig, is_trial  # slow to import
 
     size = training(profile, values.get("overrides"))["size"]

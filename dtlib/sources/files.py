@@ -98,17 +98,12 @@ def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
 
 
 def _download(path: Path, progress: bool) -> None:
-    """Download a D4RL file; under its name there is the whole file or nothing.
-
-    A broken download is dropped and begins anew, so that two versions are never joined.
-    """
+    """Download a D4RL file, whole or not at all; two versions of it are never joined."""
     pooch.get_logger().setLevel(logging.WARNING)
     fetch = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 20, timeout=60)
     secure = D4RL_ADDRESS.replace("http:", "https:")  # not every server has it
     what = f"Cannot download {path.name} from {D4RL_ADDRESS}"
-    advice = (
-        f"put {path.name} into {path.parent}, or set D4RL_DATASET_DIR to the folder that has it"
-    )
+    advice = f"put {path.name} into {path.parent}, or set D4RL_DATASET_DIR to where it lies"
     with explained(what, advice, OSError), writing(path), temporary_folder(path.parent) as folder:
         for address in (secure, D4RL_ADDRESS):
             unreachable = [requests.ConnectionError] * (address == secure)
@@ -121,10 +116,7 @@ def _download(path: Path, progress: bool) -> None:
 
 
 def read_minari(identifier: str, progress: bool = True) -> dict[str, np.ndarray]:
-    """Return a Minari data set as D4RL's arrays. Raises UserError if it cannot be read.
-
-    An episode's last observation, which has no action, is left out.
-    """
+    """Return a Minari data set as D4RL's arrays (no last observations). Raises UserError."""
     import minari  # slow, and seldom needed
 
     parts, what = [], f"Minari can neither read nor download {identifier!r}"

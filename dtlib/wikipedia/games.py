@@ -234,8 +234,7 @@ def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> Non
     storage.write_tensors(folder / "model.safetensors", model.state_dict())
     versions = storage.versions() | {"ale-py": version("ale-py")}
     about = {name: done[name] for name in ("metrics", "fingerprint", "begun_with") if name in done}
-    storage.write_text(
-        folder / "run.json", {"config": asdict(config), **about, "versions": versions}
-    )
+    record = {"config": asdict(config), **about, "versions": versions}
+    storage.write_text(folder / "run.json", record)
     (folder / "resume.safetensors").unlink()
     storage.seal(folder)

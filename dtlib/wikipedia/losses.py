@@ -138,7 +138,7 @@ def extend_positions(model: DecisionTransformer, positions: Tensor) -> None:
 
 
 def add_adapters(blocks: nn.ModuleList, rank: int, seed: int) -> None:
-    """Freeze the blocks; adapt their attention at low rank (LaMo). UserError without peft."""
+    """Freeze the blocks, add low-rank adapters to their attention (LaMo). UserError: no peft."""
     with explained("Adapters need peft", "`pip install 'dtlib[adapters]'`", ModuleNotFoundError):
         import peft  # an extra
     if not hasattr(blocks[0], "attn"):
