@@ -5,13 +5,11 @@ import shutil
 import subprocess
 import sys
 
-
-def _quiet(kind: type, error: BaseException, trace: object) -> None:
-    """Show Ctrl-C during the imports as one line."""
-    sys.__excepthook__(kind, error, None if kind is KeyboardInterrupt else trace)
-
-
-sys.excepthook = _quiet
+sys.excepthook = lambda kind, error, trace: sys.__excepthook__(
+    kind,
+    error,
+    None if kind is KeyboardInterrupt else trace,  # Ctrl-C during the imports
+)
 
 from pathlib import Path  # noqa: E402
 
@@ -117,9 +115,7 @@ def pretrain(
     kind: str = typer.Argument(help="language, image, markov or iid."),
     size: str = typer.Option("mini", help="tiny, mini, chibit, small, gpt2, imagegpt or atari."),
     seed: int = 0,
-    corpus: str = typer.Option(
-        "", help="python, wikitext-2, wikitext-103, or a folder of text or of CIFAR-10's files."
-    ),
+    corpus: str = typer.Option("", help="python, wikitext-2, wikitext-103; or a folder of files."),
     settings: list[str] = SETTINGS,
     out: Path = typer.Option(None, help="Folder; default: in the cache, where runs find it."),
     device: str = "auto",
@@ -142,9 +138,7 @@ def pretrain(
 @app.command()
 def data(
     task: str = typer.Argument("hopper", help="hopper, halfcheetah or walker2d."),
-    dataset: str = typer.Argument(
-        "collected:medium", help="collected:QUALITY, d4rl:QUALITY, minari:ID or a path."
-    ),
+    dataset: str = typer.Argument("collected:medium", help="Or d4rl:QUALITY, minari:ID, a path."),
     steps: int = typer.Option(None, help="Steps to collect, or to read at most."),
     seed: int = 0,
 ) -> None:
@@ -176,9 +170,7 @@ def runs(
             typer.echo(f"damaged: {error}")
 
 
-HOPPER = (
-    "from dtlib.tasks import get_task; e = get_task('hopper').make_environment({}); e.reset(); "
-)
+HOPPER = "from dtlib.tasks import TASKS; e = TASKS['hopper'].make_environment({}); e.reset(); "
 FRAME = HOPPER.format("render_mode='rgb_array'") + "print(e.render().any() or exit('black'))"
 PROBES = [  # label, what needs it ("": all), code that prints a detail or exits with a reason
     ("torch", "", "import torch; print(torch.__version__)"),

@@ -12,7 +12,6 @@ import subprocess
 import symtable
 import sys
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -64,9 +63,7 @@ def find(folder: Path, wanted: list[str] | None) -> list[Path]:
     return sorted(set(found.values()))
 
 
-def plan(
-    folder: Path, profile: str, wanted: list[str] | None, settings: dict | Iterable[str]
-) -> list[Job]:
+def plan(folder: Path, profile: str, wanted: list | None, settings: dict | list) -> list[Job]:
     """Return what to run, checked. ``settings``, a dict or texts to parse, replace the profile's.
 
     Training settings among them go into ``overrides``. Raises UserError.
@@ -141,7 +138,7 @@ def _names(source: str) -> tuple[set[str], set[str]]:
 def run(
     profile: str,
     notebooks: list[str] | None = None,
-    settings: dict | Iterable[str] = (),
+    settings: dict | list[str] = (),
     figures: str = "figures",
     only_plan: bool = False,
     scheduler: str = "",
@@ -155,7 +152,6 @@ def run(
     """
     storage.sweep_cache()
     root, elsewhere = storage.repository(), scheduler or slurm
-    settings = settings if isinstance(settings, dict) else list(settings)
     jobs = plan(root / "notebooks", profile, notebooks, settings)
     jobs.sort(key=lambda job: bool(_about(job.path).get("after others")))  # it reads their results
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
@@ -213,9 +209,7 @@ def _run_one(job: Job, figures: Path) -> float:
     return time.monotonic() - began
 
 
-def _side_by_side(
-    jobs: list[Job], figures: Path, settings: dict | Iterable[str]
-) -> dict[str, float]:
+def _side_by_side(jobs: list[Job], figures: Path, settings: list[str]) -> dict[str, float]:
     """Train all runs of the jobs; then run notebooks at once, each by a command of its own.
 
     Notebooks whose metadata say "after others" come last. Raises UserError.
@@ -223,8 +217,7 @@ def _side_by_side(
     from dtlib.runs import fine_tuned  # slow to import
 
     fine_tuned([config for job in jobs for config in asked_for(job.path, job.values)])
-    texts = [f"{k}={v}" for k, v in settings.items()] if isinstance(settings, dict) else settings
-    options = ["--figures", str(figures), *(f"--set={text}" for text in texts)]
+    options = ["--figures", str(figures), *(f"--set={text}" for text in settings)]
 
     def run_one(job: Job) -> float:
         began, options_here = time.monotonic(), ["--profile", job.values["profile"], *options]
@@ -296,10 +289,8 @@ def execute(job: Job, root: Path, folder: Path) -> None:
                 papermill.execute_notebook(notebook, output, job.values, **settings)
         except papermill.PapermillExecutionError as error:
             first, last = error.source.strip().splitlines()[0], error.evalue.strip().split("\n")[-1]
-            raise UserError(
-                f"Notebook {name} failed in cell [{error.exec_count}] ({first}): {error.ename}: "
-                f"{last} (the whole traceback is in {copy})"
-            ) from error
+            what = f"Notebook {name} failed in cell [{error.exec_count}] ({first}): {error.ename}"
+            raise UserError(f"{what}: {last} (the whole traceback is in {copy})") from error
         except RuntimeError as error:  # the kernel died
             reason = f"{error}, perhaps for lack of memory; see {copy}"
             raise UserError(f"Notebook {name} stopped: {reason}.") from error
@@ -313,10 +304,7 @@ def execute(job: Job, root: Path, folder: Path) -> None:
 
 
 def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
-    """Return an executed notebook without times, progress bars and paths of this machine.
-
-    Pictures get 256 colours, a third of the bytes. The same outputs give the same bytes.
-    """
+    """Return an executed notebook without times, progress bars and paths of this machine."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     about = {"kernelspec": kernel, "language_info": {"name": "python"}}
     notebook.metadata = nbformat.from_dict(about)
@@ -331,10 +319,7 @@ def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
 
 
 def with_links(text: str, before: Path, after: Path) -> str:
-    """Return Markdown written for folder ``before`` whose links lead there from ``after``, too.
-
-    Links and pictures that name an existing file by a relative path are changed, nothing else.
-    """
+    """Return Markdown whose links to files, relative to ``before``, lead there from ``after``."""
 
     def lead(found: re.Match) -> str:
         target = before / found[0]
@@ -354,10 +339,8 @@ def _small(output: NotebookNode) -> NotebookNode:
         data.pop("text/plain", None)  # there is a picture or a table
     if picture := data.get("image/png"):
         small = io.BytesIO()
-        image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        image.quantize(256).save(small, "png", optimize=True)
+        image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+        image.quantize(256).save(small, "png", optimize=True)  # a third of the bytes
         data["image/png"] = base64.b64encode(small.getvalue()).decode()
     return output
 

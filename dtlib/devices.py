@@ -6,10 +6,7 @@ from dtlib.errors import UserError
 
 
 def choose_device(device: str = "auto") -> str:
-    """Return "cuda" for "auto" where there is a card, else "cpu".
-
-    Raises UserError for a device that torch does not have here.
-    """
+    """Return "cuda" for "auto" where there is a card, else "cpu". UserError if it is absent."""
     available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     if device not in ("auto", *available):
         what = f"Device {device!r} is not available: torch sees {' and '.join(available)} here"

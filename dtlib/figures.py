@@ -172,10 +172,7 @@ def zero(ax: plt.Axes) -> None:
 
 
 def series(ax: plt.Axes, tables: dict[str, pd.DataFrame]) -> None:
-    """Draw mean and 95 % t-interval over seeds at each x: {starting point: table of seeds × x}.
-
-    The starting points stand side by side, a few hundredths of the axis apart.
-    """
+    """Draw mean and t-interval at each x, side by side: {starting point: table of seeds × x}."""
     everywhere = [x for table in tables.values() for x in table]
     apart = 0.025 * (max(everywhere) - min(everywhere))
     for i, (name, table) in enumerate(tables.items()):
@@ -243,14 +240,11 @@ def reference_x(ax: plt.Axes, x: float, label: str = "", linestyle=":", side="ri
     ax.annotate(label, (x, 1), place, ha=end, va="top", fontsize=8, **at)
 
 
-def strip(ax: plt.Axes, words: pd.DataFrame, marks: dict[str, dict] = VERDICTS) -> None:
-    """Draw a mark for each word of a table (rows × columns); no mark for a word without one.
-
-    ``marks``: {word: keywords of ax.plot}; by default those of the three verdicts.
-    """
+def strip(ax: plt.Axes, words: pd.DataFrame) -> None:
+    """Draw the mark of each verdict in a table (rows × columns); of other words none."""
     for (y, x), word in np.ndenumerate(words.to_numpy()):
-        if word in marks:
-            ax.plot(x, y, linestyle="", **marks[word])
+        if word in VERDICTS:
+            ax.plot(x, y, linestyle="", **VERDICTS[word])
     ax.set_xticks(range(words.shape[1]), words.columns)
     ax.set_yticks(range(words.shape[0]), words.index)
     ax.set(xlim=(-0.5, words.shape[1] - 0.5), ylim=(words.shape[0] - 0.5, -0.5))
@@ -259,12 +253,9 @@ def strip(ax: plt.Axes, words: pd.DataFrame, marks: dict[str, dict] = VERDICTS) 
 
 def name_marks(figure: plt.Figure, names: Iterable[str], marks: dict | None = None) -> None:
     """Write the names beside their marks above the panels: of starting points, or of ``marks``."""
-    styles = {name: marks[name] for name in names} if marks else {}
-    styles = styles or {name: look(name) for name in in_order(names)}
-    handles = [
-        plt.Line2D([], [], label=name, **{"linestyle": "", **style})
-        for name, style in styles.items()
-    ]
+    names = list(names) if marks else in_order(names)
+    styles = {name: {"linestyle": ""} | (marks[name] if marks else look(name)) for name in names}
+    handles = [plt.Line2D([], [], label=name, **style) for name, style in styles.items()]
     columns = -(-len(handles) // -(-len(handles) // 4)) if handles else 1  # five: three and two
     by_column = [handle for i in range(columns) for handle in handles[i::columns]]  # read by row
     figure.legend(handles=by_column, loc="outside upper center", ncols=columns)
@@ -294,9 +285,8 @@ def tokens(
 def render(task: Task, states: np.ndarray, pixels: int = 160, **options) -> list[np.ndarray]:
     """Return a frame (height, width, 3) for each of ``states`` (n, S), unscaled observations.
 
-    ``options`` go to the environment, such as ``camera_name``.
-
-    Where this machine cannot draw off screen there are no frames, and a sentence says so.
+    ``options`` go to the environment, such as ``camera_name``. Where this machine cannot draw off
+    screen there are no frames, and a sentence says so.
     """
     try:
         options = {"render_mode": "rgb_array", "height": pixels, "width": pixels} | options
@@ -321,14 +311,11 @@ def film_strip(
     Returns their steps, (count,). Where no frame can be drawn, the axes stay empty.
     """
     steps = np.linspace(0, len(states) - 1, count).round().astype(int)
-    frames = [
-        np.pad(f, ((0, 0), (3, 3), (0, 0)), constant_values=255)
-        for f in render(task, states[steps], pixels)
-    ]
+    frames, gap = render(task, states[steps], pixels), ((0, 0), (3, 3), (0, 0))
     ax.set(xticks=[], yticks=[])
     if frames:
-        width = frames[0].shape[1]
-        ax.imshow(np.concatenate(frames, axis=1))
+        width = frames[0].shape[1] + 6
+        ax.imshow(np.hstack([np.pad(frame, gap, constant_values=255) for frame in frames]))
         ax.set_xticks(width * (np.arange(count) + 0.5), steps)
         ax.tick_params(length=0, labelsize=8)
     ax.spines[:].set_visible(False)
@@ -338,8 +325,7 @@ def film_strip(
 def explore(show: Callable, **choices) -> None:
     """Let the reader move controls: ``show`` draws anew for each of ``choices``, as in interact.
 
-    The parameters' defaults are the first picture. A batch draws only this one. Sliders draw when
-    they are let go.
+    The parameters' defaults are the first picture, in a batch the only one.
     """
     if "DTLIB_FIGURES" in os.environ:
         show()
@@ -425,18 +411,17 @@ class Output:
         key = digest(cells, *code, records, versions(), pd.__version__)[:12]
         path = cache_root() / "measures" / self.profile / self.folder.name / f"{name}-{key}.json"
         try:
-            columns, types, code = json.loads(path.read_text(encoding="utf-8"))
-            if code != digest([columns, types]):
+            content, code = json.loads(path.read_text(encoding="utf-8"))
+            if code != digest(content):
                 raise ValueError(f"{path} is damaged")
         except (OSError, ValueError, TypeError):  # absent, or damaged
             table = measure()
             # JSON keeps every digit of a number, and tells 1 from "1" and None.
-            text = json.dumps([table.to_dict("list"), table.dtypes.astype(str).to_dict()])
-            text = json.dumps([*json.loads(text), digest(json.loads(text))])
+            content = json.dumps([table.to_dict("list"), table.dtypes.astype(str).to_dict()])
             for old in path.parent.glob(f"{name}-*"):
                 old.unlink(missing_ok=True)
-            write_text(path, text)
-            columns, types, _ = json.loads(text)
+            write_text(path, json.dumps([content, digest(content)]))
+        columns, types = json.loads(content)
         return pd.DataFrame({name: pd.Series(columns[name], dtype=types[name]) for name in types})
 
     def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:

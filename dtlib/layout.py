@@ -54,8 +54,7 @@ class RoomyLog(LogLocator):
 def framed(figure: plt.Figure, dpi: int) -> Bbox:
     """Find the layout once and for all, at the ``dpi`` of the file, and write the notes below it.
 
-    Returns the box around everything, in inches: also around labels for which the figure is too
-    small.
+    Returns the box around everything, in inches.
     """
     figure.set_dpi(dpi)  # at another one, texts are not as wide
     for ax in figure.axes:

@@ -38,18 +38,13 @@ def describe(profile: str, asked: list[RunConfig], points: list) -> str:
         text = "  {} runs of size {}, K = {}, batch {}, {}: {:,} steps of {:.0f} ms, {:.1f} hours"
         lines.append(text.format(len(configs), *kind, steps, 1000 * step, own))
     new = sum(map(len, kinds.values()))
-    before = f"{len(points)} new starting points"
-    if steps := sum(point.steps for point in points):
-        before += f" ({steps:,} steps of pre-training)"
+    steps = sum(point.steps for point in points)
+    before = f"{len(points)} new starting points ({steps:,} steps of pre-training)"
     cost = f"{hours:.1f} hours ({device}, {beside} at once) and {disk:.1f} GB"
-    return "\n".join(
-        [
-            f"The {profile} profile asks for {len(asked)} runs, {new} of them new, after {before}.",
-            *lines,
-            f"New runs take {cost}, by a few steps timed here.",
-            "Not counted: pre-training, paper B's losses, measures, runs chosen by results.",
-        ]
-    )
+    first = f"The {profile} profile asks for {len(asked)} runs, {new} of them new, after {before}."
+    lines.append(f"New runs take {cost}, by a few steps timed here.")
+    lines.append("Not counted: pre-training, paper B's losses, measures, runs chosen by results.")
+    return "\n".join([first, *lines])
 
 
 def time_run(config: RunConfig, device: str) -> tuple[float, float, int]:

@@ -87,9 +87,8 @@ def window_gradients(
 
     Entry (i, j) is ⟨g_i, g_j⟩, where g_i is the gradient of window i's own action loss with respect
     to that parameter. ``dropout_seed``: every window has a dropout mask of its own; None: none.
-
-    The windows' gradients are in memory for one module at a time: all are 34 GB for 100 windows of
-    12 blocks of width 768.
+    They are in memory for one module at a time: all are 34 GB for 100 windows of 12 blocks of width
+    768.
     """
     inputs, outputs = {}, {}
 

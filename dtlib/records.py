@@ -34,10 +34,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def unfinished() -> list[str]:
-    """Return a line for each unfinished run: whether it runs or was interrupted, and how far it is.
-
-    A run that runs holds its lock. An interrupted one goes on when it is asked for again.
-    """
+    """Return a line for each unfinished run: running (locked) or interrupted, and at which step."""
     sweep_cache()  # removes the locks of processes that died
     lines = []
     for folder in sorted(runs_root().glob(".partial/*/")):
@@ -53,8 +50,7 @@ def unfinished() -> list[str]:
 def digests(config: RunConfig) -> dict[str, str]:
     """Return digests of all files that ``config`` points to, which its run's name covers.
 
-    Files that were not downloaded yet are left out: see runs.fine_tuned. Of data collected here
-    the name says nothing: runs.fine_tuned compares the fingerprint.
+    Not of files that are not downloaded yet, nor of data collected here: see runs.fine_tuned.
     """
     names = filter(None, (config.initialisation, config.donor, config.words))
     weights = [weights_digest(name, config.size, config.seed) for name in names]
@@ -104,10 +100,7 @@ def checkpoint_name(epoch: int) -> str:
 def write_record(
     folder: Path, config: RunConfig, found: dict, parts: Parts, progress: dict, device: str
 ) -> None:
-    """Write run.json: config, architecture, metrics, data, provenance, digests of checkpoints.
-
-    ``found``: the digests of the files that the run was built from, which may have changed since.
-    """
+    """Write run.json. ``found``: digests of the files that it was built from, as they were then."""
     known, model = parts.trajectories, parts.model
     donor = None if config.donor is None else model.h[config.swapped_block].attn.config.to_dict()
     statistics = {"state_mean": known.state_mean.tolist(), "state_std": known.state_std.tolist()}

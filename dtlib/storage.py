@@ -24,10 +24,7 @@ from torch import Tensor, nn
 
 from dtlib.errors import UserError, explained
 
-REFUSED = {  # by what the user is told
-    "No room to write": (errno.ENOSPC, errno.EFBIG, errno.EDQUOT),
-    "Cannot write": (errno.EROFS, errno.EACCES, errno.EPERM),
-}
+REFUSED = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 SEAL = "sha256.json"  # in a folder made here: the SHA-256 of its other files
 WRITING = f".writing-{platform.node()}-"  # begins temporary names; the process's number follows
 
@@ -97,12 +94,11 @@ def writing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        for what, codes in REFUSED.items():
-            # Safetensors wraps the system's error, whose text is still there.
-            if any(os.strerror(code) in str(error) for code in codes):
-                advice = "make room there, or point DTLIB_CACHE to another disk, and run again"
-                raise UserError(f"{what} {path} ({error}): {advice}.") from error
-        raise
+        # Safetensors wraps the system's error, whose text is still there.
+        if not any(os.strerror(code) in str(error) for code in REFUSED):
+            raise
+        advice = "make room there, or point DTLIB_CACHE to another disk, and run again"
+        raise UserError(f"Cannot write {path} ({error}): {advice}.") from error
 
 
 def sweep(found: Iterable[Path]) -> None:
@@ -151,7 +147,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     ``path`` is the old file or the whole new one, even after ``kill -9``. What that leaves is swept
     when the next file is written beside it. Raises ``UserError`` if the disk is full or read-only.
     """
-    path = Path(path)
     temporary = temporary_name(path.parent)
     try:
         with writing(path):
@@ -192,10 +187,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path`` against other processes; leave no lock file behind.
-
-    Raises UserError where the file system gives no locks.
-    """
+    """Hold the lock of ``path``, then remove it. Raises UserError where a disk has no locks."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")

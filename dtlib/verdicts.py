@@ -23,9 +23,8 @@ def decide(
     if measure not in MEASURES:
         raise ValueError(f"measure is {measure!r}; expected one of {MEASURES}")
     effect, low, high = t_interval(values)
-    verdict = (
-        "supported" if low > threshold else "not supported" if high < threshold else "undecided"
-    )
+    verdict = "not supported" if high < threshold else "undecided"
+    verdict = "supported" if low > threshold else verdict
     verdict = "not measured" if np.isnan(effect) else verdict
     about = {"section": section, "claim": claim, "rule": rule, "measure": measure, "task": task}
     found = {"effect": effect, "low": low, "high": high, "threshold": threshold}
@@ -35,9 +34,8 @@ def decide(
 def report(rows: list[dict]) -> pd.DataFrame:
     """Say in sentences what ``decide`` gave; return the table to show below them.
 
-    Named are: how many of the paper's claims are decided by each measure, the claims whose verdict
-    changes with the measure, and what the verdicts mean. Columns without a number (intervals of two
-    seeds) are left out.
+    They count the paper's claims by verdict for each measure, and name those whose verdict changes
+    with the measure. Columns without a number (intervals of two seeds) are left out.
     """
     table = pd.DataFrame(rows)
     of_paper = table[table.section != "control"]

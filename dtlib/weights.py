@@ -106,10 +106,7 @@ def is_usual(folder: Path, size: str) -> bool:
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """Return a folder's safetensors: one file, or the parts that its index lists.
-
-    Raises UserError for an index that is damaged or names files elsewhere.
-    """
+    """Return a folder's safetensors: one, or those that its index lists. UserError if damaged."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists() or not index.is_file():
         return [whole]
@@ -122,10 +119,7 @@ def weights_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return a folder's tensors by their names without the hub's prefix, on the CPU.
-
-    Raises UserError for a file that is not whole safetensors, or not as it was sealed here.
-    """
+    """Return a folder's tensors, without the hub's prefix, on the CPU. UserError if damaged."""
     if changed := damaged(folder):
         advice = "bring that file back, or make the folder anew elsewhere"
         raise UserError(f"{changed} is not what was written when it was made: {advice}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtlib.wikipedia.emulator import HORIZON, Game, get_game, lockstep, pong_actions
+from dtlib.wikipedia.emulator import GAMES, HORIZON, Game, lockstep, pong_actions
 
 POPULATION, BEST, STEPS = 20, 5, 1500
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    game, generator = get_game("pong"), np.random.default_rng(options.seed)
+    game, generator = GAMES["pong"], np.random.default_rng(options.seed)
     mean, spread, curve = np.array([0, 0.5, 4, 5.7, 3]), np.array([0.4, 0.3, 0.6, 0.6, 0.5]), []
     for generation in range(options.generations):
         weights = mean + spread * generator.standard_normal((POPULATION, 5))

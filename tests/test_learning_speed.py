@@ -30,42 +30,6 @@ def test_error_falls_by_equal_factors_between_checkpoints():
     assert learning_speed.first_error_below(STEPS, decay, np.exp(-2.5))[0] == pytest.approx(175)
 
 
-def kaplan_meier(times, reached):
-    """The product-limit formula, one event time after the other."""
-    share, curve = 1.0, {}
-    for time in sorted(set(times)):
-        at_risk = sum(t >= time for t in times)
-        share *= 1 - sum(t == time and r for t, r in zip(times, reached, strict=True)) / at_risk
-        curve[time] = share
-    return curve
-
-
-def test_median_time_is_where_the_product_limit_falls_to_one_half():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        times, reached = rng.integers(1, 8, 30) * 100.0, rng.random(30) < 0.6
-        below = [time for time, share in kaplan_meier(times, reached).items() if share <= 0.5]
-        assert learning_speed.median_time(times, reached)[0] == min(below, default=np.inf)
-
-
-def test_median_time_by_hand():
-    """Ten runs, one each 100 steps: 1 − t/1000; Greenwood's log-log variance gives the band."""
-    times, reached = 100.0 * np.arange(1, 11), np.ones(10, bool)
-    share = 1 - np.arange(1, 10) / 10
-    deaths = np.cumsum(1 / ((10 - np.arange(9)) * (9 - np.arange(9))))
-    half = 1.959964 * np.sqrt(deaths) / np.abs(np.log(share))
-    lower, upper = share ** np.exp(half), share ** np.exp(-half)
-    expected = [500, times[:9][lower <= 0.5][0], times[:9][upper <= 0.5][0]]
-    assert learning_speed.median_time(times, reached) == pytest.approx(expected)
-
-
-def test_median_time_of_runs_that_seldom_or_always_get_there():
-    assert learning_speed.median_time([600, 600, 600], [False] * 3) == (np.inf,) * 3
-    assert learning_speed.median_time([300, 600, 600], [True, False, False])[0] == np.inf
-    assert learning_speed.median_time([300, 300, 300], [True] * 3) == (300,) * 3
-    assert learning_speed.median_time([300], [False]) == (np.inf,) * 3
-
-
 def test_moving_average_as_released_begins_a_fifth_too_high():
     np.testing.assert_allclose(swap.moving_average_as_released([10.0, 0.0, 5.0]), [12, 9.6, 8.68])
     both = swap.moving_average_as_released([[10.0, 0.0, 5.0], [1.0, 1.0, 1.0]])

@@ -416,6 +416,6 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
     answers = FORKS.Queue()
     child(train_with_little_room, config, 100_000, answers).join(60)
-    assert "No room to write" in answers.get(timeout=5)
+    assert "Cannot write" in answers.get(timeout=5)
     assert not list(tmp_path.rglob(".writing-*")) and not list(tmp_path.rglob("*.safetensors"))
     assert checkpoints(runs.fine_tune(config).path) == checkpoints(uninterrupted.path)

@@ -70,8 +70,7 @@ def mine(
 def canonical_variates(x: Tensor, y: Tensor, *others: Pair, ridge: float = 1e-2) -> list[Pair]:
     """Return ``others`` along the directions that correlate most in (x, y): (M, N', min(P, Q)).
 
-    These are functions of x and of y alone: they share at most I(X;Y). ``ridge`` is added to the
-    variances, which are 1.
+    They share at most I(X;Y). ``ridge`` is added to the variances, which are 1.
     """
     scales = [(part.mean(1, keepdim=True), part.std(1, keepdim=True) + 1e-6) for part in (x, y)]
 

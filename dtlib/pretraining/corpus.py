@@ -27,10 +27,7 @@ class Corpus:
     files: dict[str, str]  # contents by name, to be put beside the model: tokenizer or palette
 
     def baselines(self, sequences: int = 20_000) -> dict[str, float]:
-        """Return held-out losses (nats per token) of counting in ``sequences`` drawn sequences.
-
-        Uniform, unigram and bigram; for images also a bigram with the pixel above.
-        """
+        """Return held-out nats per token of counting: uniform, unigram, bigram, pixel above."""
         drawn = self.sample(np.random.default_rng(stream_seed(0, "baselines")), sequences)
         counts = np.bincount(drawn[:, 1:].ravel(), minlength=self.vocabulary) + 1.0
         unigram = counts / counts.sum()

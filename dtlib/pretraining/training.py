@@ -144,10 +144,7 @@ def learning_rate_at(step: int, config: PretrainConfig) -> float:
 
 
 def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
-    """Return a starting point's model with its head, its record and its held-out tokens (N, T + 1).
-
-    Raises UserError for a file that is missing, damaged, pickled or does not belong to the others.
-    """
+    """Return a starting point's model, record, held-out tokens (N, T + 1). Raises UserError."""
     size, tokenizer = read_config(folder)["vocab_size"], folder / "tokenizer.json"
     tensors = read_weights(folder)
     held_out = storage.read_tensors(folder / "held_out.safetensors")
@@ -168,10 +165,7 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
 
 
 def is_trial(folder: Path, config: PretrainConfig) -> bool:
-    """Return whether a model in the cache was trained otherwise than ``config`` says.
-
-    Seed and precision are its own.
-    """
+    """Return whether a model in the cache was trained otherwise, but for seed and precision."""
     record = folder / "training.json"
     if folder.parent != storage.cache_root() / "starting_points" or not record.is_file():
         return False
@@ -181,13 +175,8 @@ def is_trial(folder: Path, config: PretrainConfig) -> bool:
 
 def pretrain_all(configs: list[PretrainConfig], device: str = "auto") -> list[Path]:
     """Pre-train several starting points side by side: one a core, or one a card."""
-    return run_all(
-        lambda config, device, on_steps: pretrain(config, None, device, on_steps),
-        configs,
-        sum(config.steps for config in configs),
-        f"pre-training {len(configs)} starting points",
-        device,
-    )
+    steps, about = sum(c.steps for c in configs), f"pre-training {len(configs)} starting points"
+    return run_all(lambda c, *given: pretrain(c, None, *given), configs, steps, about, device)
 
 
 def pretrain(

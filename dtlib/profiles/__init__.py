@@ -1,9 +1,8 @@
 """Profiles: one notebook, several sizes. Each yml file in this folder is a profile.
 
-Its sections: ``base``, the profile whose values it replaces; ``needs``, what the machine must have
-("cuda"); ``only``, the notebooks that it runs by default (absent: all); ``training``, arguments of
-RunConfig; ``without_context``, what K = 1 changes in them; ``notebooks``, parameters of the
-notebooks, by name.
+Its sections: ``base``, the profile whose values it replaces; ``needs`` ("cuda"); ``only``, the
+notebooks that it runs by default; ``training``, arguments of RunConfig; ``without_context``, what K
+= 1 changes in them; ``notebooks``, parameters of the notebooks, by name.
 """
 
 import contextlib
@@ -51,10 +50,7 @@ def settings(profile: str) -> dict:
 
 
 def training(profile: str, overrides: dict | None = None, prefix: str = "") -> dict:
-    """Return a profile's arguments of RunConfig, with ``overrides`` of its ``settings``.
-
-    Raises UserError for an unknown name and for a value of the wrong type.
-    """
+    """Return a profile's arguments of RunConfig, with ``overrides``. UserError for wrong ones."""
     known, names = settings(profile), list(load_profile(profile)["training"])
     if unknown := [name for name in overrides or {} if name not in known]:
         text = ", ".join(known)
@@ -87,10 +83,7 @@ def _starting_points(values: dict) -> list[str]:
 
 
 def missing(profile: str, values: dict | None = None) -> list[str]:
-    """Return what a notebook with the parameters ``values`` lacks here, each with what to do.
-
-    None: the parameters that the profile sets.
-    """
+    """Return what a notebook's parameters (None: the profile's) lack here, and what to do."""
     values = load_profile(profile)["notebooks"] | {"overrides": {}} if values is None else values
     found = [*_lacks_to_train(profile, values), *_lacks_to_start(values), *_lacks_for_b(values)]
     return list(dict.fromkeys(found))
@@ -136,10 +129,7 @@ def _lacks_for_b(values: dict) -> Iterator[str]:
 
 
 def to_be_pretrained(profile: str, values: dict) -> list:
-    """Return a PretrainConfig of each model that a notebook's parameters need and that is absent.
-
-    They learn in bfloat16 where the card or the processor multiplies it: three times as fast.
-    """
+    """Return a PretrainConfig of each absent model that a notebook's parameters need."""
     from dtlib.pretraining.training import PretrainConfig, is_trial  # slow to import
 
     size = training(profile, values.get("overrides"))["size"]

@@ -42,8 +42,7 @@ def _four_environments(task: Task, thread: int) -> list[gymnasium.Env]:
 def act(weights: Weights, states: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """Return actions (B, A): tanh(μ(s) + σ(s)·noise) of raw states (B, S), or the noise itself.
 
-    B is a multiple of 4. Four rows at a time keep OpenBLAS on one thread, so that its rounding is
-    always the same.
+    Four of B rows at a time keep OpenBLAS on one thread, so that its rounding is always the same.
     """
 
     def linear(name: str, inputs: np.ndarray) -> np.ndarray:
@@ -61,8 +60,7 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
     """Return the HDF5 file with ``steps`` steps of ``quality``, made on first use.
 
     The same arguments give the same bytes on one machine. Several policies share the steps evenly,
-    in whole episodes; only the last episode is cut, at exactly ``steps``, as in D4RL. Raises
-    UserError, also for a full disk and a killed worker.
+    in whole episodes; only the last one is cut, at exactly ``steps``, as in D4RL. Raises UserError.
     """
     policies = policy_files(task, quality)
     if steps < 1 or seed < 0:
@@ -133,10 +131,7 @@ def _episodes(
 
 
 def _four_episodes(task: Task, seed: int, which: tuple) -> tuple[int, list[Episode]]:
-    """Return the policy's number and episodes 4·group to 4·group + 3, made side by side.
-
-    Each depends on the policy, ``seed`` and its own number alone.
-    """
+    """Return the policy's number and its episodes 4·group to 4·group + 3, made side by side."""
     policy, weights, group = which
     environments = _four_environments(task, threading.get_ident())
     generators = [np.random.default_rng([seed, 4 * group + slot]) for slot in range(4)]

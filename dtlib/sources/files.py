@@ -23,10 +23,7 @@ SUFFIXES = {".hdf5", ".h5", *PICKLES}  # of paths; pickles are refused
 
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a file in D4RL's layout.
-
-    Raises UserError for a pickle, for what is no whole HDF5 file, and for arrays outside the file.
-    """
+    """Return the arrays of a whole HDF5 file in D4RL's layout. Raises UserError for others."""
     if not path.is_file():
         raise UserError(f"There is no file {path}: expected an HDF5 file in D4RL's layout.")
     head = np.fromfile(path, np.uint8, 2).tolist()
@@ -72,10 +69,7 @@ def data_files(dataset: str, task: Task) -> list[Path]:
 
 
 def d4rl_path(task: Task, quality: str) -> Path:
-    """Return where the d4rl package keeps a ``-v2`` file, in D4RL_DATASET_DIR or ~/.d4rl/datasets.
-
-    Raises UserError for an unknown quality.
-    """
+    """Return where d4rl keeps a ``-v2`` file: in D4RL_DATASET_DIR or ~/.d4rl/datasets."""
     if quality not in QUALITIES:
         known = ", ".join(QUALITIES)
         raise UserError(f"Unknown data set d4rl:{quality}: the qualities are {known}.")
@@ -86,9 +80,8 @@ def d4rl_path(task: Task, quality: str) -> Path:
 def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
     """Return D4RL's file, downloaded if it is absent.
 
-    We know of no published hashes of these files. So the SHA-256 of a file's first use is kept
-    beside it, in sha256sum's format, and checked at each later use. Raises UserError when the file
-    has changed since, or cannot be downloaded.
+    No hashes are published. So the SHA-256 of a file's first use is kept beside it, as sha256sum
+    does, and checked at each later use. Raises UserError if it differs, or if the download fails.
     """
     path = d4rl_path(task, quality)
     known = path.with_suffix(".sha256")
@@ -105,17 +98,12 @@ def d4rl_file(task: Task, quality: str, progress: bool = True) -> Path:
 
 
 def _download(path: Path, progress: bool) -> None:
-    """Download a D4RL file; under its name there is the whole file or nothing.
-
-    A broken download is dropped and begins anew, so that two versions are never joined.
-    """
+    """Download a D4RL file, whole or not at all; two versions of it are never joined."""
     pooch.get_logger().setLevel(logging.WARNING)
     fetch = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 20, timeout=60)
     secure = D4RL_ADDRESS.replace("http:", "https:")  # not every server has it
     what = f"Cannot download {path.name} from {D4RL_ADDRESS}"
-    advice = (
-        f"put {path.name} into {path.parent}, or set D4RL_DATASET_DIR to the folder that has it"
-    )
+    advice = f"put {path.name} into {path.parent}, or set D4RL_DATASET_DIR to where it lies"
     with explained(what, advice, OSError), writing(path), temporary_folder(path.parent) as folder:
         for address in (secure, D4RL_ADDRESS):
             unreachable = [requests.ConnectionError] * (address == secure)
@@ -128,10 +116,7 @@ def _download(path: Path, progress: bool) -> None:
 
 
 def read_minari(identifier: str, progress: bool = True) -> dict[str, np.ndarray]:
-    """Return a Minari data set as D4RL's arrays. Raises UserError if it cannot be read.
-
-    An episode's last observation, which has no action, is left out.
-    """
+    """Return a Minari data set as D4RL's arrays (no last observations). Raises UserError."""
     import minari  # slow, and seldom needed
 
     parts, what = [], f"Minari can neither read nor download {identifier!r}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dtlib.errors import UserError, explained
+from dtlib.errors import explained
 
 with explained("Games need ale-py", "`pip install 'dtlib[games]'`", ModuleNotFoundError):
     from ale_py.vector_env import AtariVectorEnv
@@ -38,13 +38,6 @@ GAMES = {
     "pong": Game("pong", 6, 20.0, (-20.7, 14.6), context=50, batch_size=512),
     "seaquest": Game("seaquest", 18, 1450.0, (68.4, 42054.7)),
 }
-
-
-def get_game(name: str) -> Game:
-    """Return the game called ``name``. Raises UserError for any other name."""
-    if name not in GAMES:
-        raise UserError(f"Unknown game {name!r}: the games are {', '.join(GAMES)}.")
-    return GAMES[name]
 
 
 def lockstep(

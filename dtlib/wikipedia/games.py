@@ -30,7 +30,7 @@ from dtlib.seeding import stream_seed
 from dtlib.starts import build_model, get_starting_point
 from dtlib.tasks import get_task
 from dtlib.train import learning_rate_at, train_epoch
-from dtlib.wikipedia.emulator import HORIZON, STACK, get_game, lockstep
+from dtlib.wikipedia.emulator import GAMES, HORIZON, STACK, lockstep
 from dtlib.wikipedia.replay import ScreenSampler, collect_game, load_replay, replay_files
 
 CONVOLUTIONS = ((STACK, 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1))  # DQN's: in, out, kernel, stride
@@ -41,7 +41,7 @@ NOT_DECAYED = ("embed_action.0.weight", "embed_place", "embed_time")  # nor norm
 class GameConfig(Checked):
     """All values that decide a run on a game. The defaults are paper B's baseline."""
 
-    game: str = "breakout"
+    game: Literal[tuple(GAMES)] = "breakout"
     data: str = "collected"  # or a folder in DQN-replay's layout
     data_steps: Count | None = 500_000  # None: all of a folder's
     data_checkpoints: Annotated[tuple[int, ...], Lax] = tuple(range(50))  # of a folder
@@ -59,9 +59,9 @@ class GameConfig(Checked):
     horizon: Count = HORIZON  # steps after which a game in evaluation is cut
 
     def own_values(self) -> dict[str, object]:
-        """Return the game's own values. Raises UserError for an unknown game or start."""
+        """Return the game's own values. Raises UserError for an unknown start."""
         get_starting_point(self.initialisation)
-        game = get_game(self.game)
+        game = GAMES[self.game]
         own = {"context": game.context, "batch_size": game.batch_size}
         return own | {"target_return": game.target}
 
@@ -79,7 +79,7 @@ class GameConfig(Checked):
 
 def load_data(config: GameConfig, progress: bool = True) -> Trajectories:
     """Return the run's recorded games; Pong is collected on first use."""
-    game = get_game(config.game)
+    game = GAMES[config.game]
     if config.data == "collected":
         return load_replay(collect_game(game, config.data_steps or 20_000, progress=progress), game)
     return load_replay(storage.typed(config.data), game, config.data_checkpoints, config.data_steps)
@@ -100,7 +100,7 @@ class GameTransformer(DecisionTransformer):
         task, dropout = get_task("hopper"), (0.1, 0.1, 0.1)  # any task: only the blocks are used
         start = build_model(config.initialisation, config.size, task, config.seed, dropout)
         self.config, self.h, self.ln_f = start.config, start.h, start.ln_f
-        width, actions = start.config.hidden_size, get_game(config.game).actions
+        width, actions = start.config.hidden_size, GAMES[config.game].actions
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(config.seed, "game"))
             self.embed_return = nn.Sequential(nn.Linear(1, width), nn.Tanh())
@@ -167,7 +167,7 @@ def play(model: GameTransformer, config: GameConfig, seed: int) -> Episodes:
     to_go = torch.full((len(numbers),), config.target_return).to(model.head.weight)
     past = deque(maxlen=config.context)  # of each step: encoded states (E, D), actions, R̂ (E,)
     returns, lengths = np.zeros(len(numbers)), np.zeros(len(numbers), np.int64)
-    game = get_game(config.game)
+    game = GAMES[config.game]
     for _, _, rewards, running in lockstep(game, generators, choose, False, config.horizon):
         returns += rewards * running
         lengths += running
@@ -234,8 +234,7 @@ def _train(config: GameConfig, folder: Path, device: str, progress: bool) -> Non
     storage.write_tensors(folder / "model.safetensors", model.state_dict())
     versions = storage.versions() | {"ale-py": version("ale-py")}
     about = {name: done[name] for name in ("metrics", "fingerprint", "begun_with") if name in done}
-    storage.write_text(
-        folder / "run.json", {"config": asdict(config), **about, "versions": versions}
-    )
+    record = {"config": asdict(config), **about, "versions": versions}
+    storage.write_text(folder / "run.json", record)
     (folder / "resume.safetensors").unlink()
     storage.seal(folder)

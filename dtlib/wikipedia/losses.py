@@ -89,10 +89,7 @@ def corpus_of(config: RunConfig) -> str:
 
 
 def text_for(folder: Path, corpus: str) -> Corpus:
-    """Return ``corpus`` in a language model's tokens and full sequences.
-
-    Raises UserError if the model in ``folder`` has no tokenizer, or one of more tokens than words.
-    """
+    """Return ``corpus`` in a model's tokens and full sequences. UserError without its tokenizer."""
     tokenizer, shape = folder / "tokenizer.json", read_config(folder)
     if not tokenizer.is_file():
         raise UserError(f"{folder} is no language model with a tokenizer: co-training needs one.")
@@ -141,10 +138,7 @@ def extend_positions(model: DecisionTransformer, positions: Tensor) -> None:
 
 
 def add_adapters(blocks: nn.ModuleList, rank: int, seed: int) -> None:
-    """Freeze the blocks and add low-rank adapters to their attention's projections (LaMo).
-
-    Raises UserError where the package ``peft`` is missing.
-    """
+    """Freeze the blocks, add low-rank adapters to their attention (LaMo). UserError: no peft."""
     with explained("Adapters need peft", "`pip install 'dtlib[adapters]'`", ModuleNotFoundError):
         import peft  # an extra
     if not hasattr(blocks[0], "attn"):
@@ -170,8 +164,7 @@ def add_language(
 ) -> LanguageLosses | None:
     """Change ``model`` as paper B's fields of ``config`` say, and move it to ``device``.
 
-    Returns what is added to the action loss. Raises UserError for a word table that is missing or
-    of another width.
+    Returns what is added to the action loss. Raises UserError for an unfit word table.
     """
     words = None
     if config.alignment or config.cotraining or config.extended_positions:

@@ -37,10 +37,8 @@ def replay_folder(folder: Path) -> Path:
 
 def replay_files(folder: Path, checkpoints: tuple[int, ...]) -> list[Path]:
     """Return the files that ``load_replay`` reads, there or not."""
-    names = [
-        f"{name}_ckpt.{number}.gz" for number in checkpoints for name in (*ARRAYS, "add_count")
-    ]
-    return [replay_folder(folder) / name for name in names]
+    names = (*ARRAYS, "add_count")
+    return [replay_folder(folder) / f"{name}_ckpt.{n}.gz" for n in checkpoints for name in names]
 
 
 def load_replay(
