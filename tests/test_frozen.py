@@ -1,7 +1,7 @@
 """What no rebuild may change: run names, random streams, parameters, old runs, losses.
 
 The values in tests/frozen/ were computed with the code of revision 8ba6e18, before the rebuild. The
-runs that notebooks 06 and 07 have asked for since were added to their names.
+runs that notebooks have asked for since were added to their names.
 """
 
 import ast
