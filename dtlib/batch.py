@@ -203,7 +203,8 @@ def _run_one(job: Job, figures: Path) -> float:
     """Execute a notebook, list its figures; return the seconds it took."""
     root, folder = job.path.parents[1], figures / job.values["profile"] / job.path.stem
     with alone(folder):
-        began, before, commit = time.monotonic(), times(folder), commit_of(root)
+        began, commit = time.monotonic(), commit_of(root)
+        before = {file: file.stat().st_mtime_ns for file in folder.glob("*")}
         execute(job, root, folder)
         list_figures(job.path, folder, before, commit)
     return time.monotonic() - began
@@ -244,11 +245,6 @@ def alone(folder: Path) -> contextlib.AbstractContextManager:
     """Hold a folder of figures against other batches that share this cache."""
     name = f"{folder.name}-{storage.digest(str(folder))[:8]}"
     return storage.locked(cache_root() / "figures" / name)
-
-
-def times(folder: Path) -> dict[Path, int]:
-    """Return when each file of a folder was changed: a new file has another time than the old."""
-    return {file: file.stat().st_mtime_ns for file in folder.glob("*")}
 
 
 def commit_of(root: Path) -> str:
@@ -348,8 +344,8 @@ def _small(output: NotebookNode) -> NotebookNode:
 def list_figures(path: Path, folder: Path, before: dict[Path, int], commit: str) -> None:
     """Write figures.json: for each figure its notebook, its cell's tag and the ``commit``.
 
-    Removes figures that have not changed since ``before`` (see times). Raises UserError if a
-    promised file is not new, and for a figure that belongs to no cell tagged "figure-<name>".
+    ``before``: when each earlier file was changed. Removes figures that have not changed since.
+    Raises UserError if a promised file is not new, and for a figure without its tagged cell.
     """
 
     def is_new(file: Path) -> bool:

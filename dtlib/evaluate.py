@@ -29,7 +29,6 @@ def rollout(
     episodes: int,
     context: int,
     seed: int,
-    first_episode: int = 0,
     horizon: int | None = None,
     delayed: bool = False,
 ) -> Episodes:
@@ -37,14 +36,13 @@ def rollout(
 
     The return-to-go starts at target/scale and falls by reward/scale after each step (not at all if
     rewards are ``delayed``). The model sees the last ``context`` steps. state_mean and state_std
-    (S,) standardise the states. Episode e has the stream (seed, "evaluation", first_episode + e),
-    so it is the same whichever episodes run beside it. ``horizon``: None is the task's.
+    (S,) standardise the states. Episode e has the stream (seed, "evaluation", e), so it is the same
+    whichever episodes run beside it. ``horizon``: None is the task's.
     """
     model.eval()
     weight = model.embed_state.weight
     like, horizon = {"device": weight.device, "dtype": weight.dtype}, horizon or task.horizon
-    numbers = range(first_episode, first_episode + episodes)
-    seeds = [stream_seed(seed, "evaluation", number) % 2**31 for number in numbers]
+    seeds = [stream_seed(seed, "evaluation", number) % 2**31 for number in range(episodes)]
     environments = Environments(task, seeds, torch.get_num_threads())
     mean, std = state_mean.astype(np.float64), state_std.astype(np.float64)
     states = torch.zeros(episodes, horizon, task.state_dim, **like)

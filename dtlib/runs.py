@@ -82,10 +82,7 @@ class Run:
 
 
 def fine_tuned(
-    configs: list[RunConfig],
-    device: str = "auto",
-    processes: int | None = None,
-    progress: bool = True,
+    configs: list[RunConfig], device: str = "auto", processes: int | None = None
 ) -> list[Run]:
     """Return the finished runs of ``configs``, in order. Missing ones are trained, several at once.
 
@@ -98,7 +95,7 @@ def fine_tuned(
         records.fetch_weights(config)  # names depend on them, and on data that are downloaded
         data = config.task, config.dataset, config.dataset_steps, config.delayed_rewards
         if data not in prints:
-            prints[data] = load_data(config, progress).fingerprint
+            prints[data] = load_data(config).fingerprint
         folders[config] = folder = records.run_folder(config)
         if not folder.exists():
             missing.append(config)
@@ -107,7 +104,7 @@ def fine_tuned(
             raise UserError(f"{what}: bring the old data back, or move that folder away.")
     steps = sum(config.epochs * config.steps_per_epoch for config in missing)
     about = f"fine-tuning {len(missing)} runs"
-    run_all(fine_tune, missing, steps, about, device, processes, progress)
+    run_all(fine_tune, missing, steps, about, device, processes)
     runs = [Run.open(folders[config]) for config in configs]
     if still := [run.path.name for run in runs if run.stands_still]:
         print(

@@ -69,8 +69,8 @@ def test_lockstep_equals_one_at_a_time(name, context):
         )
         assert together.lengths[episode] == alone[1]
         assert together.returns[episode] == pytest.approx(alone[0], abs=1e-6)
-    single = rollout(model, task, mean, std, episodes=1, first_episode=3, **options)
-    assert single.returns[0] == pytest.approx(together.returns[3], abs=1e-6)
+    fewer = rollout(model, task, mean, std, episodes=2, **options)
+    assert fewer.returns == pytest.approx(together.returns[:2], abs=1e-6)
     if name != "halfcheetah":  # which never falls
         assert len(set(together.lengths)) > 1, (
             "episodes that end at different times are what lockstep must get right"

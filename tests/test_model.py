@@ -407,7 +407,6 @@ def test_hub_weights_from_data_to_a_finished_run(
         ],
         "cpu",
         processes=1,
-        progress=False,
     )
     first, last, start = (
         run.load_model(0),

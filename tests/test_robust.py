@@ -158,13 +158,13 @@ def test_digests_cannot_be_given():
 
 def test_a_finished_run_is_refused_when_the_collected_data_changed(own_cache):
     wish = runs.RunConfig(dataset="collected:random", dataset_steps=200, **SMALL)
-    (run,) = runs.fine_tuned([wish], "cpu", 1, False)
+    (run,) = runs.fine_tuned([wish], "cpu", 1)
     path = collected.collect(HOPPER, "random", 200, progress=False)
     with h5py.File(path, "a") as file:
         file["rewards"][3] += 1
         del file.attrs["sha256"]
     with pytest.raises(UserError, match="learnt from other data than 'collected:random' has now"):
-        runs.fine_tuned([wish], "cpu", 1, False)
+        runs.fine_tuned([wish], "cpu", 1)
     assert runs.Run.open(run.path).metrics == run.metrics  # and nothing was removed
 
 
@@ -214,7 +214,7 @@ def test_an_epoch_that_changes_no_prediction_is_said(own_cache, tmp_path, monkey
     measure = runs._measure
     monkeypatch.setattr(runs, "_measure", lambda *a: measure(*a) | {"action_error": 0.9})
     wish = runs.RunConfig(dataset=str(write(tmp_path / "d.hdf5", columns())), **SMALL)
-    assert runs.fine_tuned([wish], "cpu", 1, False)[0].stands_still
+    assert runs.fine_tuned([wish], "cpu", 1)[0].stands_still
     assert "1 of 1 runs stand still: every action is ±1" in capsys.readouterr().out
     monkeypatch.undo()
 
@@ -536,7 +536,7 @@ def test_a_cache_that_cannot_be_written_serves(own_cache, monkeypatch):
     for call in ("mkdir", "replace", "rename", "unlink"):
         monkeypatch.setattr(os, call, refuse)
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
-    assert runs.fine_tuned([wish], "cpu", 1, False)[0].config == wish
+    assert runs.fine_tuned([wish], "cpu", 1)[0].config == wish
 
 
 def test_a_machine_without_network_or_with_an_odd_endpoint(monkeypatch):

@@ -191,7 +191,7 @@ def test_two_processes_train_one_run_once(config, uninterrupted, tmp_path, monke
 def test_side_by_side_equals_one_by_one(config, uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
     other = runs.RunConfig(**{**vars_of(config), "seed": 1})
-    together = runs.fine_tuned([config, other, config], processes=2, progress=False)
+    together = runs.fine_tuned([config, other, config], processes=2)
     assert together[0].path == together[2].path != together[1].path
     assert checkpoints(together[0].path) == checkpoints(uninterrupted.path)
     assert checkpoints(together[1].path) == checkpoints(run_in(tmp_path / "alone", other).path)
@@ -205,7 +205,7 @@ def vars_of(config):
 def train_many(configs):
     os.setpgrp()  # as a shell's foreground job: Ctrl-C reaches the parent and its workers
     with contextlib.suppress(KeyboardInterrupt):
-        runs.fine_tuned(configs, processes=2, progress=False)
+        runs.fine_tuned(configs, processes=2)
         os._exit(1)
 
 
