@@ -5,11 +5,24 @@ import shutil
 import subprocess
 import sys
 
-sys.excepthook = lambda kind, error, trace: sys.__excepthook__(
-    kind,
-    error,
-    None if kind is KeyboardInterrupt else trace,  # Ctrl-C during the imports
-)
+INTERRUPTED = "\nInterrupted; run the same command again to resume."
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C was the cause: libraries turn it into other errors, or into their text."""
+    if error is None or "KeyboardInterrupt" in repr(error):
+        return error is not None
+    return any(map(interrupted, {error.__cause__, error.__context__}))
+
+
+def _uncaught(kind: type, error: BaseException, trace: object) -> None:
+    if interrupted(error):  # during the imports below
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _uncaught
 
 from pathlib import Path  # noqa: E402
 
@@ -29,14 +42,15 @@ class Commands(typer.core.TyperGroup):
         """Run a command."""
         try:
             return super().invoke(context)
-        except (UserError, OSError) as error:
-            _end(f"Error: {error}", 2, error)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(n in str(error) for n in NO_MEMORY):
-                raise
-            _end(f"Error: too little memory ({error}): take fewer or smaller models.", 2, error)
-        except KeyboardInterrupt as error:
-            _end("\nInterrupted; run the same command again to resume.", 130, error)
+        except BaseException as error:
+            if interrupted(error):
+                _end(INTERRUPTED, 130, error)
+            if isinstance(error, UserError | OSError) and not isinstance(error, BrokenPipeError):
+                _end(f"Error: {error}", 2, error)
+            full = isinstance(error, RuntimeError) and any(n in str(error) for n in NO_MEMORY)
+            if full or isinstance(error, MemoryError):
+                _end(f"Error: too little memory ({error}): take fewer or smaller models.", 2, error)
+            raise  # of a closed pipe, such as "| head", typer says nothing
 
 
 def _end(text: str, status: int, error: BaseException) -> None:
@@ -80,12 +94,14 @@ def figures(
 
 
 @app.command()
-def compare(profile: str = "laptop", figures: str = "figures") -> None:
+def compare(profile: str = "laptop", figures: str = "") -> None:
     """Compare the verdicts in FIGURES/PROFILE with the committed ones."""
-    from dtlib import compare
-    from dtlib.storage import repository
+    from dtlib import compare, storage
 
-    typer.echo(compare.compare(repository() / figures / profile))
+    folder = (storage.typed(figures) if figures else storage.repository() / "figures") / profile
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}: give a profile that was run into FIGURES.")
+    typer.echo(compare.compare(folder))
 
 
 @app.command()
@@ -105,7 +121,8 @@ def finetune(
     if not settings:
         return typer.echo("\n".join(f"{name}={value}" for name, value in known.items()))
     values = parse_settings(settings, known | {"seed": [0]})
-    seeds = values.pop("seed", [0])
+    if not (seeds := values.pop("seed", [0])):
+        raise UserError("Parameter seed got no number: give one or several, such as seed=0,1.")
     for run in fine_tuned([RunConfig(**values, seed=seed) for seed in seeds], device, processes):
         typer.echo(describe(run))
 
@@ -126,7 +143,7 @@ def pretrain(
     from dtlib.settings import parse_settings
 
     storage.sweep_cache()
-    settings = [f"corpus={corpus}", *(settings or [])]
+    settings = [f"corpus={corpus}"] * bool(corpus) + (settings or [])
     values = {"kind": kind, "size": size, "seed": seed}
     values |= parse_settings(settings, {"tokens": "", "corpus": ""})
     folder = training.pretrain(training.PretrainConfig(**values), out, device)

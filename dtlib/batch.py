@@ -38,11 +38,18 @@ class Job(NamedTuple):
     path: Path
     values: dict[str, object]
     chosen: dict[str, object]
+    profile_values: str  # the profile's digest when this was planned
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """Return a notebook. Raises UserError for a file that is none."""
+    with explained(f"{path} is no whole notebook", "bring it back or move it away", Exception):
+        return nbformat.read(path, as_version=4)
 
 
 def defaults(path: Path) -> dict[str, object]:
     """Return names and values of a notebook's cell tagged "parameters". Raises UserError."""
-    cells = nbformat.read(path, as_version=4).cells
+    cells = read_notebook(path).cells
     what = f"Notebook {path.stem} needs one cell tagged 'parameters'"
     with explained(what, "write lines like seeds = [0]", ValueError, SyntaxError, AttributeError):
         (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
@@ -51,16 +58,25 @@ def defaults(path: Path) -> dict[str, object]:
 
 
 def find(folder: Path, wanted: list[str] | None) -> list[Path]:
-    """Return the notebooks of ``folder`` with these numbers or names, in order; all by default."""
+    """Return the notebooks of ``folder`` with these numbers or names, in order; all by default.
+
+    Raises UserError for an unknown name, and for a number that two notebooks have.
+    """
     known = sorted(folder.glob("[0-9a][0-9_]*.ipynb"))  # 00_…, and the first: a_hundred_lines
     if not known:
         raise UserError(f"There is no notebook in {folder}: expected names such as 00_first.ipynb.")
-    names = {alias: path for path in known for alias in (path.stem, path.name, path.stem[:2])}
-    found = {name: names.get(name.zfill(2)) for name in wanted or names}
-    if unknown := [name for name, path in found.items() if path is None]:
-        listed = ", ".join(path.stem for path in known)
-        raise UserError(f"Unknown notebook {unknown[0]!r}: the notebooks are {listed}.")
-    return sorted(set(found.values()))
+    found = set()
+    for name in wanted or [path.stem[:2] for path in known]:
+        named = [path for path in known if name.zfill(2) in (path.stem, path.name)]
+        fits = named or [path for path in known if name.zfill(2) == path.stem[:2]]
+        listed = ", ".join(path.stem for path in fits or known)
+        if not fits:
+            raise UserError(f"Unknown notebook {name!r}: the notebooks are {listed}.")
+        if len(fits) > 1:
+            advice = "give a whole name, or move the copy away"
+            raise UserError(f"The number {name} belongs to several notebooks, {listed}: {advice}.")
+        found.update(fits)
+    return sorted(found)
 
 
 def plan(folder: Path, profile: str, wanted: list | None, settings: dict | list) -> list[Job]:
@@ -69,6 +85,7 @@ def plan(folder: Path, profile: str, wanted: list | None, settings: dict | list)
     Training settings among them go into ``overrides``. Raises UserError.
     """
     own, trained = profiles.load_profile(profile), profiles.settings(profile)
+    today = profiles.values_digest(profile)
     notebooks = {path: defaults(path) for path in find(folder, wanted or own["only"])}
     known = {name: value for values in notebooks.values() for name, value in values.items()}
     known = (trained if "overrides" in known else {}) | known
@@ -78,6 +95,9 @@ def plan(folder: Path, profile: str, wanted: list | None, settings: dict | list)
     if unknown := [name for name in settings if name not in known]:
         names = ", ".join(sorted(known))
         raise UserError(f"Unknown parameter {unknown[0]!r}: the parameters are {names}.")
+    texts = "".join(path.read_text("utf-8", "replace") for path in folder.glob("*.ipynb"))
+    if unknown := [name for name in own["notebooks"] if f"{name} = " not in texts]:
+        print(f"Profile {profile} sets what no notebook has: {', '.join(unknown)}.", flush=True)
     jobs, wishes = [], own["notebooks"] | settings | {"profile": profile}
     for path, values in notebooks.items():
         values |= {name: fit(name, wishes[name], values[name]) for name in wishes if name in values}
@@ -86,7 +106,8 @@ def plan(folder: Path, profile: str, wanted: list | None, settings: dict | list)
             values["overrides"] |= {name: moved[name] for name in moved if name in trained}
             for arguments in (profiles.training, profiles.without_context):
                 arguments(profile, values["overrides"])  # checks them
-        jobs.append(Job(path, values, {name: values[name] for name in settings if name in values}))
+        chosen = {name: values[name] for name in settings if name in values}
+        jobs.append(Job(path, values, chosen, today))
     return jobs
 
 
@@ -108,7 +129,7 @@ def asked_for(path: Path, values: dict[str, object]) -> list[RunConfig]:
         found.extend(configs)
         raise _AskedFor
 
-    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    cells = [c for c in read_notebook(path).cells if c.cell_type == "code"]
     for cell in reversed(cells):
         defined, used = _names(cell.source)
         if "runs.fine_tuned(" in cell.source:
@@ -152,6 +173,9 @@ def run(
     """
     storage.sweep_cache()
     root, elsewhere = storage.repository(), scheduler or slurm
+    here, own = Path(__file__).parent, root / "dtlib"
+    if own.is_dir() and not own.samefile(here):  # the kernels, which start in root, take own
+        raise UserError(f"{sys.executable} runs {here}, not {own}: run the Python of {root} there.")
     jobs = plan(root / "notebooks", profile, notebooks, settings)
     jobs.sort(key=lambda job: bool(_about(job.path).get("after others")))  # it reads their results
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
@@ -238,21 +262,20 @@ def _side_by_side(jobs: list[Job], figures: Path, settings: list[str]) -> dict[s
 
 def _about(path: Path) -> dict:
     """Return what a notebook's metadata say to the batch."""
-    return nbformat.read(path, as_version=4).metadata.get("dtlib", {})
+    return read_notebook(path).metadata.get("dtlib", {})
 
 
 def alone(folder: Path) -> contextlib.AbstractContextManager:
-    """Hold a folder of figures against other batches that share this cache."""
-    name = f"{folder.name}-{storage.digest(str(folder))[:8]}"
-    return storage.locked(cache_root() / "figures" / name)
+    """Hold a folder of figures against other batches, whatever their cache and way to it."""
+    return storage.locked(folder.resolve())
 
 
 def commit_of(root: Path) -> str:
-    """Return the commit of the code as it lies there now; "" without git."""
-    git = "git rev-parse HEAD && git status --porcelain --untracked-files=no -- dtlib notebooks"
+    """Return the commit of the code as it lies there now; "" where ``root`` is not git's root."""
+    git = "git rev-parse --show-toplevel HEAD && git status --porcelain -uall -- dtlib notebooks"
     git = subprocess.run(git, shell=True, cwd=root, capture_output=True, text=True)
-    commit, *changed = git.stdout.splitlines() or [""]
-    return commit + ", with changes" * bool(changed)
+    top, commit, *changed = git.stdout.splitlines() if not git.returncode else ["", ""]
+    return commit + ", with changes" * bool(changed) if Path(top) == root.resolve() else ""
 
 
 def execute(job: Job, root: Path, folder: Path) -> None:
@@ -274,9 +297,10 @@ def execute(job: Job, root: Path, folder: Path) -> None:
         write_kernel_spec(Path(home, "kernels/python3"), extra_arguments=["--log-level=CRITICAL"])
         about = {"DTLIB_FIGURES": str(folder.parents[1]), "DTLIB_OVERRIDES": json.dumps(job.chosen)}
         about |= {"DTLIB_CACHE": str(cache_root()), "JUPYTER_RUNTIME_DIR": home}
+        about |= {"DTLIB_NOTEBOOK": name, "DTLIB_VALUES": job.profile_values}
         about["OMP_NUM_THREADS"] = "1"  # no digit depends on the number of cores
         output = str(copy).replace("{", "{{").replace("}", "}}")
-        notebook = nbformat.read(job.path, as_version=4)
+        notebook = read_notebook(job.path)
         connection = {"connection_file": f"{home}/kernel.json"}  # else it survives kill -9
         settings["config"] = Config(KernelManager=connection)
         (folder / "results.json").unlink(missing_ok=True)
@@ -351,7 +375,7 @@ def list_figures(path: Path, folder: Path, before: dict[Path, int], commit: str)
     def is_new(file: Path) -> bool:
         return file.exists() and file.stat().st_mtime_ns != before.get(file)
 
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read_notebook(path)
     promised = _about(path).get("figures", [])
     files = [folder / f"{name}.{end}" for name in promised for end in ("png", "pdf", "csv")]
     for file in [*files, folder / "results.json"]:

@@ -4,21 +4,46 @@ import json
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from dtlib.errors import explained
+from dtlib.storage import digest
+
 KEY = ["notebook", "task", "claim", "rule", "measure"]
+NUMBERS = ["effect", "low", "high"]
 
 
-def read_verdicts(notebook: str, text: str) -> pd.DataFrame:
-    """Return the verdicts in the text of a results.json, one row each, indexed by ``KEY``."""
-    rows = pd.DataFrame(json.loads(text).get("verdicts", [])).assign(notebook=notebook)
-    return rows.set_index(KEY) if len(rows) else pd.DataFrame()
+def read_results(path: Path, text: str | None = None) -> dict:
+    """Return what a results.json holds, or its ``text`` then; numbers that are null become NaN.
+
+    Raises UserError for a damaged or edited file.
+    """
+    kinds = OSError, ValueError, TypeError, AttributeError, KeyError
+    with explained(f"{path} is damaged", "run its notebook again", *kinds):
+        results = json.loads(path.read_text(encoding="utf-8") if text is None else text)
+        code = results.pop("checksum", None)  # older files have none
+        if code not in (None, digest(results)):
+            raise ValueError("it was edited")
+        for row in results.get("verdicts", []):
+            numbers = {key: np.nan if row[key] is None else float(row[key]) for key in NUMBERS}
+            row |= numbers | {key: row[key] for key in (*KEY[1:], "verdict")}
+    return results
+
+
+def read_verdicts(path: Path, text: str | None = None) -> pd.DataFrame:
+    """Return the verdicts of ``read_results``, one row each, indexed by ``KEY``."""
+    rows = pd.DataFrame(read_results(path, text).get("verdicts", []))
+    return rows.assign(notebook=path.parent.name).set_index(KEY) if len(rows) else pd.DataFrame()
 
 
 def committed(path: Path) -> str | None:
-    """Return a file's text as of the last commit; None where git has none."""
+    """Return a file's text as of the last commit; None where git has none, or is absent."""
     command = ["git", "show", f"HEAD:./{path.name}"]
-    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=path.parent, capture_output=True, encoding="utf-8")
+    except OSError:
+        return None
     return None if done.returncode else done.stdout
 
 
@@ -30,10 +55,9 @@ def compare(folder: Path) -> str:
     ours, theirs = [], []
     for path in sorted(folder.glob("*/results.json")):
         if (text := committed(path)) is not None:
-            name = path.parent.name
-            theirs.append(read_verdicts(name, text))
-            ours.append(read_verdicts(name, path.read_text(encoding="utf-8")))
-    if not sum(map(len, theirs)):
+            theirs.append(read_verdicts(path, text))
+            ours.append(read_verdicts(path))
+    if not (sum(map(len, theirs)) and sum(map(len, ours))):
         return f"{folder}: no verdicts of the last commit to compare with."
     both = pd.concat(ours).join(pd.concat(theirs).add_suffix(" committed"), how="inner")
     changed = both[both.verdict != both["verdict committed"]]
@@ -47,6 +71,6 @@ def compare(folder: Path) -> str:
         lines.append(f"  {notebook}, {task}, {measure}: {claim}")
         for whose, end in (("committed", " committed"), ("here", "")):
             effect, low, high = (row[name + end] for name in ("effect", "low", "high"))
-            verdict = row[f"verdict{end}"]
-            lines.append(f"    {whose}: {verdict}, {effect:.3f} [{low:.3f}, {high:.3f}]")
+            ends = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"  # as span says it
+            lines.append(f"    {whose}: {row[f'verdict{end}']}, {effect:.3f}{ends}")
     return "\n".join(lines)

@@ -17,7 +17,8 @@ from IPython import display, get_ipython
 from pydantic_core import to_json
 from scipy import special
 
-from dtlib.errors import UserError
+from dtlib import profiles
+from dtlib.errors import UserError, explained
 from dtlib.layout import BARS, RoomyLog, fit_bars, framed, note
 from dtlib.storage import atomic_write, cache_root, digest, repository, versions, write_text
 from dtlib.tasks import Task
@@ -380,8 +381,9 @@ def notebook_hash(path: Path) -> str:
     """Hexadecimal SHA-256 over the sources of all code cells of a notebook."""
     if not path.is_file():
         raise UserError(f"There is no notebook {path}: give Output the name of one.")
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+    with explained(f"{path} is no whole notebook", "bring it back or move it away", Exception):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
 
 
 class Output:
@@ -389,6 +391,14 @@ class Output:
 
     def __init__(self, profile: str, notebook: str, overrides: dict | None = None):
         figures, chosen = (os.environ.get(f"DTLIB_{name}") for name in ("FIGURES", "OVERRIDES"))
+        # The batch says which notebook it runs, by which values; a copy must not pass as another.
+        running = os.environ.get("DTLIB_NOTEBOOK") or notebook
+        if running != notebook:
+            text = f"Notebook {running} would write the results of {notebook}"
+            raise UserError(f"{text}: give Output its own name, or move the copy away.")
+        self.values = profiles.values_digest(profile)
+        if (os.environ.get("DTLIB_VALUES") or self.values) != self.values:
+            raise UserError(f"Profile {profile} changed since the batch began: run it again.")
         top = Path(figures, profile) if figures else repository() / "figures" / "mine"
         self.profile, self.folder = profile, top / notebook
         self.overrides = json.loads(chosen or "{}") | (overrides or {})
@@ -398,8 +408,8 @@ class Output:
     def remembered(self, name: str, measure: Callable, runs: Iterable = ()) -> pd.DataFrame:
         """The table of ``measure()``, index 0, 1, …, kept in the cache until something changes.
 
-        That is: a cell executed so far, dtlib's code, a library, one of the ``runs`` measured, or
-        one in a dictionary of the notebook: its record tells of settings, data and weights.
+        That is: a cell executed so far, dtlib's files, a profile's values, a library, one of the
+        ``runs`` measured, or one in a dictionary of the notebook: its record tells of all else.
         Outside a notebook, where nothing says what a cell was, it is measured each time.
         """
         space = getattr(get_ipython(), "user_ns", {})
@@ -407,8 +417,9 @@ class Output:
         groups = [value.values() for value in space.values() if isinstance(value, dict)]
         records = [getattr(run, "record", None) for run in itertools.chain(runs, *groups)]
         records = [record for record in records if isinstance(record, dict)]
-        code = sorted(Path(__file__).parent.rglob("*.py"))
-        key = digest(cells, *code, records, versions(), pd.__version__)[:12]
+        own = Path(__file__).parent
+        code = sorted([*own.rglob("*.py"), *filter(Path.is_file, own.glob("policies/**/*"))])
+        key = digest(cells, self.values, *code, records, versions(), pd.__version__)[:12]
         path = cache_root() / "measures" / self.profile / self.folder.name / f"{name}-{key}.json"
         try:
             content, code = json.loads(path.read_text(encoding="utf-8"))
@@ -441,9 +452,10 @@ class Output:
         write_text(self.folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
 
     def record(self, results: dict) -> None:
-        """Write results.json: ``results`` (NaN as null), profile, overrides, versions, notebook."""
+        """Write results.json: ``results`` (NaN as null), where they come from, and a checksum."""
         about = {"profile": self.profile, "overrides": self.overrides, "notebook": self.hash}
-        results = {**results, **about, "versions": versions()}
+        results = {**results, **about, "profile_values": self.values, "versions": versions()}
         text = to_json(results, inf_nan_mode="null", fallback=lambda value: value.tolist())
-        ordered = json.dumps(json.loads(text), indent=1, sort_keys=True)
+        results = json.loads(text)
+        ordered = json.dumps(results | {"checksum": digest(results)}, indent=1, sort_keys=True)
         write_text(self.folder / "results.json", ordered + "\n")

@@ -19,9 +19,14 @@ def parse_settings(items: Iterable[str], examples: dict | None = None) -> dict[s
     A value is a Python literal, true, false, none, or else text. Lists need no brackets, no quotes.
     Where the example is text the value stays text; where it is a list, one item makes a list. The
     path of a file or folder that exists becomes absolute: it means the same in every process.
+    Raises UserError for a name given twice.
     """
-    pairs = (item.partition("=")[::2] for item in items)
-    return {name: _read(text, (examples or {}).get(name)) for name, text in pairs}
+    found = {}
+    for name, _, text in (item.partition("=") for item in items):
+        if name in found:
+            raise UserError(f"Parameter {name} is given twice: leave one out.")
+        found[name] = _read(text, (examples or {}).get(name))
+    return found
 
 
 def _text(text: str) -> str:

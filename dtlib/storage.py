@@ -191,7 +191,7 @@ def locked(path: Path) -> Iterator[None]:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
-    advice = "point DTLIB_CACHE to a folder that can be written, on a disk of this machine"
+    advice = "point DTLIB_CACHE or --figures to a folder that can be written, on a local disk"
     with explained(f"Cannot lock {path}", advice, OSError):
         try:
             held = lock.acquire(timeout=0)

@@ -191,6 +191,37 @@ def test_parameter_cells_hold_plain_values_only(repository, cell):
         plan(repository)
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"cells": 3}'])
+def test_a_file_that_is_no_notebook_is_a_sentence(repository, text):
+    (repository / "notebooks" / "00_first.ipynb").write_text(text)
+    with pytest.raises(UserError, match=r"00_first\.ipynb is no whole notebook"):
+        batch.run("laptop", only_plan=True)
+
+
+COPY = """from dtlib.figures import Output
+Output(profile, "00_first").record({})"""
+
+
+def test_a_copy_of_a_notebook_overwrites_nothing(repository):
+    write_notebook(repository / "notebooks" / "00_first.ipynb", COPY)
+    write_notebook(repository / "notebooks" / "00_first-Copy1.ipynb", COPY)
+    for wanted in (None, ["0"], ["00", "01"]):
+        with pytest.raises(UserError, match="several notebooks, 00_first-Copy1, 00_first: give"):
+            batch.run("laptop", wanted)
+    with pytest.raises(UserError, match="Copy1 failed in .* would write the results of 00_first:"):
+        batch.run("laptop", ["00_first-Copy1"])
+    results = repository / "figures" / "laptop" / "00_first" / "results.json"
+    assert not results.exists()
+    batch.run("laptop", ["00_first"])
+    assert results.exists()
+
+
+def test_the_dtlib_of_another_clone_is_refused(repository):
+    (repository / "dtlib").mkdir()
+    with pytest.raises(UserError, match=f"not {repository}/dtlib: run the Python of"):
+        batch.run("laptop")
+
+
 def test_a_repository_without_notebooks_says_so(repository):
     for path in repository.glob("notebooks/*"):
         path.unlink()
@@ -217,6 +248,40 @@ def test_profiles_are_written_on_their_base():
         text = (Path(profiles.__file__).parent / f"{name}.yml").read_text()
         sections = {"base", "needs", "only", "training", "without_context", "notebooks"}
         assert yaml.safe_load(text).keys() <= sections
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("own", b"[", "ParserError|expected"),
+        ("own", b"", "valid dictionary"),
+        ("own", b"- 1", "valid dictionary"),
+        ("own", b"training:", "training=None: Input should be a valid dictionary"),
+        ("own", b"base: own", "is its own base"),
+        ("own", b"base: laptop\nonly: ['\xe9']", "UnicodeDecodeError"),
+        ("own", b"base: laptop\ntrainng: {epochs: 1}", "trainng="),
+        ("own", b"base: laptop\ntraining: {epoch: 1}", "epoch=1"),
+        ("own", b"base: laptop\nwithout_context: {gradient_clip: 1.0}", "no 'gradient_clip'"),
+        ("mine", b"base: laptop", "has the name of the folder that playing writes to"),
+    ],
+)
+def test_a_wrong_profile_is_a_sentence_with_its_file(name, text, message, tmp_path, monkeypatch):
+    laptop = Path(profiles.__file__).with_name("laptop.yml").read_bytes()
+    (tmp_path / "laptop.yml").write_bytes(laptop)
+    (tmp_path / f"{name}.yml").write_bytes(text)
+    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(profiles, "PROFILES", ("laptop", name))
+    assert profiles.load_profile("laptop")["needs"] == []
+    with pytest.raises(UserError, match=message) as caught:
+        profiles.load_profile(name)
+    assert f"{tmp_path / name}.yml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_names_that_no_notebook_has_are_said(repository, capsys):
+    plan(repository, "smoke")
+    assert (
+        "Profile smoke sets what no notebook has: train_steps, windows" in capsys.readouterr().out
+    )
 
 
 def test_training_settings_are_arguments_of_a_run():
@@ -438,19 +503,27 @@ def test_figures_name_their_cell_and_old_ones_go(repository):
     subprocess.run([*git, "commit", "-qm", "a", "--allow-empty"], check=True, cwd=repository)
     batch.list_figures(notebook, folder, before, batch.commit_of(repository))
     found = json.loads((folder / "figures.json").read_text())["curve_walker2d"]
-    assert found["cell"] == "figure-curve" and len(found["commit"]) == 40
+    assert found["cell"] == "figure-curve"
+    assert found["commit"].endswith(", with changes")  # git does not know the notebooks
+    subprocess.run([*git, "add", "notebooks"], check=True, cwd=repository)
+    subprocess.run([*git, "commit", "-qm", "b"], check=True, cwd=repository)
+    assert len(batch.commit_of(repository)) == 40
+    assert batch.commit_of(repository / "notebooks") == ""  # inside a repository, not its root
     assert not list(folder.glob("last_year*"))
     write_figures(folder, "curves")
     with pytest.raises(UserError, match="Notebook 00_first has no cell tagged figure-curves"):
         batch.list_figures(notebook, folder, before, "")
 
 
-def test_two_batches_write_into_one_folder_one_after_the_other(tmp_path, capsys):
+def test_two_batches_write_into_one_folder_one_after_the_other(tmp_path, capsys, monkeypatch):
+    """Also by two paths, and with two caches."""
     order, inside = [], threading.Event()
+    (tmp_path / "link").symlink_to(tmp_path)
 
     def second():
         inside.wait()
-        with batch.alone(tmp_path / "00_first"):
+        monkeypatch.setenv("DTLIB_CACHE", str(tmp_path / "other"))
+        with batch.alone(tmp_path / "link" / "00_first"):
             order.append("second")
 
     other = threading.Thread(target=second)

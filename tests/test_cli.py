@@ -1,5 +1,6 @@
 """The command line: quick help, one line for what the user can put right, each command once."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,9 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
             "Parameter epochs=0.0001: Input should be a valid in",
         ),
         (["finetune", "epoch=2"], "Parameter epoch="),
+        (["finetune", "seed="], "Parameter seed got no number"),
+        (["finetune", "seed=0", "seed=1"], "Parameter seed is given twice"),
+        (["compare", "--profile", "desktop"], "There is no folder "),
         (["finetune", "epochs=many"], "Parameter epochs='many'"),
         (["finetune", "task=ant"], "Unknown task 'ant'"),
         (["pretrain", "music"], "Parameter kind='music'"),
@@ -116,10 +120,34 @@ def test_an_interrupt_says_how_to_go_on(call, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(batch, "run", interrupt)
-    result = call("figures")
-    assert result.exit_code == 130
-    assert "run the same command again to resume" in result.stderr
+    def lazily(*arguments):  # as a library that imports when a name is first used
+        try:
+            interrupt()
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError from None
+
+    for run in (interrupt, lazily):
+        monkeypatch.setattr(batch, "run", run)
+        result = call("figures")
+        assert result.exit_code == 130
+        assert "run the same command again to resume" in result.stderr
+
+
+def test_an_interrupt_of_the_first_imports_is_one_sentence(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), str(Path(command_line.__file__).parents[1])])
+    command, about = [sys.executable, "-m", "dtlib", "runs"], os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=about, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == command_line.INTERRUPTED + "\n"
+
+
+def test_a_closed_pipe_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dtlib", "finetune"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.stderr == "" and done.returncode == 1
 
 
 RUN = {

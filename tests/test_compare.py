@@ -3,12 +3,16 @@
 import json
 import subprocess
 
-from dtlib.compare import compare
+import pytest
+
+from dtlib.compare import compare, read_results
+from dtlib.errors import UserError
 
 
-def results(effect, verdict):
+def results(effect, verdict, **ends):
     about = {"task": "hopper", "claim": "Blocks move", "rule": "a − b", "measure": "corrected"}
     found = {"effect": effect, "low": effect - 1, "high": effect + 1, "verdict": verdict}
+    found |= ends
     return json.dumps({"verdicts": [about | found]})
 
 
@@ -27,3 +31,22 @@ def test_changed_verdicts_are_named_with_both_effects(tmp_path):
     assert "0 of 1" in said and "is 3 of its half-interval" in said
     assert "committed: supported, 2.000 [1.000, 3.000]" in said
     assert "here: undecided, -1.000 [-2.000, 0.000]" in said
+    path.write_text(results(-1.0, "undecided", low=None, high=None))  # from two seeds
+    assert "here: undecided, -1.000\n" in compare(path.parents[1]) + "\n"
+    path.write_text(results(-1.0, "undecided")[:-9])
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        compare(path.parents[1])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"verdicts": 3}', '{"verdicts": [{}]}'])
+def test_results_that_are_none_are_a_sentence(text, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/results.json is damaged"):
+        read_results(tmp_path / "results.json")
+
+
+def test_without_git_there_is_nothing_to_compare_with(tmp_path, monkeypatch):
+    (tmp_path / "03_x").mkdir()
+    (tmp_path / "03_x" / "results.json").write_text(results(2.0, "supported"))
+    monkeypatch.setenv("PATH", "")
+    assert "no verdicts" in compare(tmp_path)

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dtlib import figures, layout
+from dtlib import figures, layout, profiles
+from dtlib.compare import read_results
 from dtlib.errors import UserError
 from dtlib.tasks import get_task
 
@@ -425,6 +426,19 @@ def test_record_keeps_every_digit_and_says_where_it_comes_from(repository, tmp_p
     assert text.index('"a"') < text.index('"b"') < text.index('"overrides"')
 
 
+def test_record_tells_of_the_profiles_values_and_of_edits(repository, monkeypatch):
+    output = figures.Output("smoke", "00_first")
+    output.record({"score": 1 / 3, "verdicts": []})
+    path = output.folder / "results.json"
+    assert read_results(path)["profile_values"] == profiles.values_digest("smoke")
+    path.write_text(path.read_text().replace("0.33", "0.34"))
+    with pytest.raises(UserError, match=f"{path} is damaged .*edited"):
+        read_results(path)
+    monkeypatch.setenv("DTLIB_VALUES", profiles.values_digest("laptop"))
+    with pytest.raises(UserError, match="Profile smoke changed since the batch began"):
+        figures.Output("smoke", "00_first")
+
+
 def test_record_names_the_notebook_as_it_was_at_the_start(repository):
     output = figures.Output("smoke", "00_first")
     before = figures.notebook_hash(repository / "notebooks" / "00_first.ipynb")
@@ -505,11 +519,13 @@ def test_what_was_measured_is_remembered_until_something_changes(repository, tmp
     assert [measured(), measured()] == [5, 5]
     monkeypatch.setattr(figures, "versions", lambda: {"torch": "0"})
     assert [measured(), measured()] == [6, 6]
+    output.values = "of another yml"
+    assert [measured(), measured()] == [7, 7]
     (kept,) = tmp_path.glob("measures/laptop/00_first/information-*")  # the older ones are gone
     kept.write_bytes(kept.read_bytes()[:-9])
-    assert [measured(), measured()] == [7, 7]
+    assert [measured(), measured()] == [8, 8]
     monkeypatch.setattr(figures, "get_ipython", lambda: None)  # nothing says what has changed
-    assert [measured(), measured()] == [8, 9]
+    assert [measured(), measured()] == [9, 10]
 
 
 EVERY_TYPE = pd.DataFrame(

@@ -276,6 +276,19 @@ def test_what_was_found_is_what_was_recorded(path, tag):
         assert f"{value:.{digits}f}" == text, f"{name}: written {text}, recorded {value}"
 
 
+def test_results_of_another_profile_or_of_other_values_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path))
+    own = dtlib_figures.Output("smoke", "00_sanity_check")
+    own.values = "of another yml"
+    own.record({"verdicts": []})
+    with pytest.raises(UserError, match="00_sanity_check .the notebook or the profile changed"):
+        run_here("10", {}, tmp_path)
+    own.profile = "laptop"
+    own.record({"verdicts": []})
+    with pytest.raises(UserError, match="00_sanity_check .run with profile laptop"):
+        run_here("10", {}, tmp_path)
+
+
 MEASURING = [path for path in NOTEBOOKS if '"measure"' in path.read_text(encoding="utf-8")]
 
 

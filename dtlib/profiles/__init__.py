@@ -12,34 +12,72 @@ import importlib.util
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
 from huggingface_hub import constants, try_to_load_from_cache
+from pydantic import BaseModel, JsonValue, ValidationError
 
 from dtlib.config import RunConfig
 from dtlib.devices import choose_device, fast_precision
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained, problem
 from dtlib.sources import files
 from dtlib.starts import get_starting_point, pretrained_name, pretrained_size, weights_folder
-from dtlib.storage import typed
+from dtlib.storage import digest, typed
 from dtlib.tasks import get_task
 
 PROFILES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.yml")))
 HOSTS = ["https://huggingface.co", "http://rail.eecs.berkeley.edu"]
+DECIDING = "training", "without_context", "notebooks"  # sections on which results depend
 NO_CARD = "a CUDA device that torch can use"
 READ_TEXT = {"co-training", "both losses", "random, both losses"}  # variants of paper B's model
 
 
-def load_profile(name: str) -> dict:
-    """Return the sections of profile ``name``, each over its base's. Raises UserError."""
+class _Sections(BaseModel, extra="forbid", strict=True):
+    """What a yml file may hold."""
+
+    base: str = ""
+    needs: list[Literal["cuda"]] = []
+    only: list[str] = []
+    training: dict[str, JsonValue] = {}
+    without_context: dict[str, JsonValue] = {}
+    notebooks: dict[str, JsonValue] = {}
+
+
+def load_profile(name: str, above: tuple[str, ...] = ()) -> dict:
+    """Return the sections of profile ``name``, each over its base's. Raises UserError.
+
+    ``above`` are the profiles whose base it is.
+    """
     if name not in PROFILES:
         raise UserError(f"Unknown profile {name!r}: the profiles are {', '.join(PROFILES)}.")
-    own = yaml.safe_load(Path(__file__).with_name(f"{name}.yml").read_text(encoding="utf-8"))
-    base = load_profile(own["base"]) if "base" in own else {}
-    sections = ("training", "without_context", "notebooks")
-    merged = {section: base.get(section, {}) | own.get(section, {}) for section in sections}
-    return merged | {name: own.get(name, base.get(name, [])) for name in ("needs", "only")}
+    path = Path(__file__).with_name(f"{name}.yml")
+    if name in above or name == "mine":
+        why = "is its own base" if above else "has the name of the folder that playing writes to"
+        raise UserError(f"{path} {why}: give it another.")
+    with explained(f"{path} is no profile", "write it like laptop.yml", OSError, ValueError):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            own = _Sections.model_validate(content).model_dump(exclude_unset=True)
+        except (yaml.YAMLError, ValidationError) as error:
+            raise ValueError(problem(error) if hasattr(error, "errors") else error) from error
+    base = load_profile(own["base"], (*above, name)) if own.get("base") else {}
+    merged = {section: base.get(section, {}) | own.get(section, {}) for section in DECIDING}
+    wrong = [key for key in merged["without_context"] if key not in merged["training"]]
+    try:
+        RunConfig(**merged["training"] | merged["without_context"])
+        if wrong:
+            raise UserError(f"Training has no {wrong[0]!r}.")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return merged | {key: own.get(key, base.get(key, [])) for key in ("needs", "only")}
+
+
+def values_digest(profile: str) -> str:
+    """Return a digest of all values of a profile on which results depend."""
+    values = load_profile(profile)
+    return digest([values[section] for section in DECIDING])
 
 
 def settings(profile: str) -> dict:
