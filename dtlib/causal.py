@@ -115,10 +115,16 @@ def unpacked(folder: Path) -> Path:
 
 def load_body(model: CausalTransformer, folder: Path) -> None:
     """Copy a folder's weights, but for its word table. Raises UserError if they do not fit."""
+    from dtlib.weights import FLOATS, read_weights  # which imports this module
+
+    tensors = read_weights(folder)  # of the files that a run's name covers, not of others
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
+        what = f"{folder}: {odd[0]} is {tensors[odd[0]].dtype}, quantised"
+        raise UserError(f"{what}: give floating-point weights.")
     with _said(folder):
-        body, report = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-        )
+        options = {"config": AutoConfig.from_pretrained(folder), "state_dict": tensors}
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        body, report = type(model.body).from_pretrained(None, **options)
     found, wanted = (_without_words(one) for one in (body, model.body))
     wrong = [*report["missing_keys"], *report["mismatched_keys"], *(found.keys() ^ wanted.keys())]
     wrong += [name for name, tensor in found.items() if not tensor.isfinite().all()]
@@ -136,5 +142,5 @@ def _without_words(body: nn.Module) -> dict[str, Tensor]:
 def _said(place: Path | str) -> AbstractContextManager:
     """Turn what transformers raises for a bad folder, of many kinds, into one sentence."""
     what = f"{place} holds no causal language model that can be read"
-    advice = "give a folder with config.json and safetensors files, or with one GGUF file"
+    advice = "give a folder with config.json and safetensors files"
     return explained(what, advice, Exception)

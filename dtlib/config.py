@@ -13,6 +13,7 @@ from dtlib.tasks import get_task
 VALUES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # of every config
 Count, Whole = Annotated[int, Field(gt=0, lt=2**31)], Annotated[int, Field(ge=0, lt=2**63)]
 Positive, NotNegative = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0)]
+Float32 = Annotated[float, Field(gt=-1e38, lt=1e38)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Lax = Field(strict=False)  # accepts a list where a tuple is asked for
 
@@ -53,7 +54,7 @@ class RunConfig(Checked):
     dropout: Annotated[tuple[Probability, Probability, Probability], Lax] = (0.2, 0.1, 0.1)
     time_embedding_std: NotNegative = 1.0  # see starts.build_model
     precision: Literal["float32", "bfloat16"] = "float32"
-    target_return: float | None = None  # None: the task's first target
+    target_return: Float32 | None = None  # None: the task's first target
     evaluation_episodes: Count = 100
     checkpoints: Annotated[tuple[Whole, ...], Lax] = ()  # epochs kept beside the first and the last
     donor: str | None = None  # starting point that gives the block ``swapped_block``

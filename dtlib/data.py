@@ -1,5 +1,6 @@
 """Offline trajectories as flat arrays, and the windows of them that a model learns from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +107,8 @@ def load(
     kind, _, what = name.partition(":")
     if callable(getattr(dataset, "get_dataset", None)):
         name, columns = f"{type(dataset).__name__}.get_dataset()", dataset.get_dataset()
+        if not isinstance(columns, Mapping):
+            raise UserError(f"{name} gave {columns!r:.80}: expected D4RL's arrays by name.")
     elif kind == "collected":
         path = collected.collect(task, what, steps or 100_000, seed, progress)
         columns = files.read_hdf5(path)

@@ -2,10 +2,14 @@
 
 import contextlib
 import dataclasses
+import errno
+import os
 from collections.abc import Callable, Iterator
 
 from pydantic import ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+
+BUSY = errno.EACCES, errno.EPERM, errno.EAGAIN, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM
 
 
 class UserError(Exception):
@@ -20,6 +24,23 @@ class UserError(Exception):
         return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]
 
 
+class Unreadable(UserError):
+    """Something that the system does not let us read now; it may be whole."""
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Turn what the system refuses to read just now, not for damage, into ``Unreadable``."""
+    try:
+        yield
+    except Exception as error:
+        # Safetensors wraps the system's error, whose text is still there.
+        if not any(os.strerror(code) in str(error) for code in BUSY):
+            raise
+        advice = "see who may read it and whether its disk answers, then run again"
+        raise Unreadable(f"This cannot be read now ({error}): {advice}.") from error
+
+
 def problem(error: ValidationError) -> str:
     """Return the first thing that pydantic found wrong: "name=value: reason"."""
     first = error.errors()[0]
@@ -30,12 +51,13 @@ def problem(error: ValidationError) -> str:
 def explained(what: str, advice: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turn errors of ``kinds`` into the UserError "``what`` (error): ``advice``.".
 
-    Exception stands for all kinds but UserError and MemoryError.
+    Exception stands for all kinds but UserError and MemoryError; Unreadable stays as it is.
     """
     try:
         yield
     except kinds as error:
-        if Exception in kinds and isinstance(error, UserError | MemoryError):
+        whole = Exception in kinds and isinstance(error, UserError | MemoryError)
+        if whole or isinstance(error, Unreadable):
             raise
         raise UserError(f"{what} ({type(error).__name__}: {error}): {advice}.") from error
 

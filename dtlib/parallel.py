@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from joblib.externals.loky import get_reusable_executor
 
 from dtlib.devices import choose_device
-from dtlib.errors import UserError
+from dtlib.errors import UserError, explained
 from dtlib.progress import tqdm
 from dtlib.storage import temporary_folder
 
@@ -70,7 +70,8 @@ def in_processes(job: Callable, items: Iterable, processes: int, advice: str) ->
     main = threading.current_thread() is threading.main_thread()  # no other may ignore Ctrl-C
     before = main and signal.signal(signal.SIGINT, signal.SIG_IGN)  # they start so
     try:
-        results = joblib.Parallel(processes, **options)(map(joblib.delayed(job), items))
+        with explained("Cannot start worker processes", advice, OSError):
+            results = joblib.Parallel(processes, **options)(map(joblib.delayed(job), items))
     finally:
         main and signal.signal(signal.SIGINT, before)
     try:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from dtlib.build import Parts
 from dtlib.config import RETIRED, RunConfig
+from dtlib.errors import UserError, explained
 from dtlib.pretraining.language import text_files
 from dtlib.sources.files import data_files
 from dtlib.starts import get_starting_point, pretrained_size, weights_folder
@@ -57,8 +58,13 @@ def digests(config: RunConfig) -> dict[str, str]:
     found = {"starting_weights": "+".join(weights)}
     if files := data_files(config.dataset, get_task(config.task)):
         found["dataset_digest"] = _digest_of(files)
-    if config.cotraining and (files := text_files(corpus_of(config))):
-        found["text_digest"] = _digest_of(files)
+    if config.cotraining:
+        point = get_starting_point(config.words or config.initialisation)
+        usual = "installed" if point.pretrained else "wikitext-103"
+        if files := text_files(corpus := corpus_of(config)):
+            found["text_digest"] = _digest_of(files)
+        elif corpus not in (config.cotraining_corpus, usual):  # the model's training.json says so
+            found["text_digest"] = digest(corpus)[:16]
     return found
 
 
@@ -120,14 +126,19 @@ def write_record(
 
 
 def read_record(folder: Path) -> tuple[RunConfig, dict]:
-    """Return a finished run's config and record. Raises ValueError if run.json was changed."""
+    """Return a finished run's config and record. ValueError if run.json was changed.
+
+    UserError if another version of dtlib wrote it, or if the folder has another run's name.
+    """
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    checksum, values = record.pop("checksum"), dict(record["config"])
-    found = {name: code for name in DIGESTS if (code := values.pop(name, None)) is not None}
-    for name, default in RETIRED.items():
-        if values.pop(name, default) != default:
-            raise ValueError(f"this version has no {name}")
-    config = RunConfig(**values)
-    if checksum != digest(json.dumps(record)) or config.name(found) != folder.name:
+    checksum = record.pop("checksum")
+    if checksum != digest(json.dumps(record)):
         raise ValueError("run.json was changed")
+    values = dict(record["config"])
+    found = {name: code for name in DIGESTS if (code := values.pop(name, None)) is not None}
+    values = {n: v for n, v in values.items() if n not in RETIRED or v != RETIRED[n]}
+    with explained(f"{folder} is of another version of dtlib", "open it with that one", UserError):
+        config = RunConfig(**values)
+    if (name := config.name(found)) != folder.name:
+        raise UserError(f"{folder} is a renamed or copied {name}: name it so, or remove it.")
     return config, record

@@ -12,7 +12,7 @@ from dtlib import records, storage
 from dtlib.build import Parts, build, draw_rows, load_data
 from dtlib.config import RunConfig
 from dtlib.controls import swap_block
-from dtlib.errors import UserError, explained
+from dtlib.errors import UserError, explained, reading
 from dtlib.evaluate import rollout
 from dtlib.model import DecisionTransformer
 from dtlib.parallel import one_thread, run_all
@@ -43,9 +43,9 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """Open a finished run's folder. Raises UserError if it was changed."""
-        kinds = (OSError, ValueError, TypeError, KeyError, AttributeError, UserError)
+        kinds = OSError, ValueError, TypeError, KeyError, AttributeError
         advice = "move that folder away and run again"
-        with explained(f"The run in {path} is damaged", advice, *kinds):
+        with explained(f"The run in {path} is damaged", advice, *kinds), reading():
             config, record = records.read_record(path)
             return cls(config, path, record, record["metrics"])
 
@@ -69,8 +69,10 @@ class Run:
         known = self.record["checkpoints"]
         if path.name not in known:
             raise UserError(f"{self.path} has no {path.name}: choose one of {', '.join(known)}.")
-        if not path.is_file() or storage.digest(path) != known[path.name]:
-            raise UserError(f"{path} was changed or removed: move its folder away and run again.")
+        advice = "move its folder away and run again"
+        with explained(f"{path} was changed or removed", advice, OSError, ValueError), reading():
+            if storage.digest(path) != known[path.name]:
+                raise ValueError("its checksum is another one")
         model = self._empty_model(self.record["backbone"])
         if self.record["donor"] is not None:
             swap_block(model, self._empty_model(self.record["donor"]), self.config.swapped_block)
@@ -153,7 +155,9 @@ def train_run(config: RunConfig, folder: Path, device: str, on_steps: OnSteps) -
         return row
 
     new = {"metrics": [], "seconds": {"training": 0, "evaluation": 0}}
-    new["fingerprint"] = parts.trajectories.fingerprint
+    new |= {"name": folder.name, "fingerprint": parts.trajectories.fingerprint}
+    if config.cotraining:
+        new["fingerprint"] += parts.further_loss.text.facts["sha256"]
     given = new, "metrics", config.epochs + 1, advance, on_steps
     progress = storage.resumable(folder, parts.model, parts.optimiser, *given)
     records.write_record(folder, config, found, parts, progress, device)
@@ -193,7 +197,7 @@ def _measure(config: RunConfig, parts: Parts, epoch: int, loss: float | None) ->
         seed=stream_seed(config.seed, "evaluation of epoch", epoch),
         delayed=config.delayed_rewards,
     )
-    return {
+    row = {
         "epoch": epoch,
         "step": epoch * config.steps_per_epoch,
         "training_loss": loss,
@@ -201,3 +205,7 @@ def _measure(config: RunConfig, parts: Parts, epoch: int, loss: float | None) ->
         "returns": episodes.returns.tolist(),
         "lengths": episodes.lengths.tolist(),
     }
+    if not np.isfinite([row["action_error"], *row["returns"]]).all():
+        advice = "choose a target_return nearer to the data's, or a lower learning_rate"
+        raise UserError(f"After epoch {epoch} actions or returns are not finite: {advice}.")
+    return row

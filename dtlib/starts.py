@@ -16,7 +16,7 @@ from dtlib.model import ARCHITECTURES, DecisionTransformer
 from dtlib.seeding import stream_seed
 from dtlib.storage import cache_root, typed
 from dtlib.tasks import Task
-from dtlib.weights import backbone, load_blocks, read_any_config
+from dtlib.weights import backbone, load_blocks, read_any_config, read_training
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def pretrained_size(kind: str | None, size: str) -> str:
 def pretrained_folder(kind: str, size: str, seed: int, tokens: str = "") -> Path:
     """Return the folder of a model pre-trained here: this machine's own or a shipped one.
 
-    Of n such models, seed s takes number s mod n. Raises UserError if there is none.
+    Of n such models, seed s takes number s mod n; one that was trained otherwise than the first is
+    none of them. Raises UserError if there is none.
     """
     found = {}
     for root in (cache_root() / "starting_points", SHIPPED):  # the shipped ones replace others
@@ -111,7 +112,14 @@ def pretrained_folder(kind: str, size: str, seed: int, tokens: str = "") -> Path
         command = f"`python -m dtlib pretrain {kind} --size {size}{amount}`"
         what = f"There is no {kind!r} starting point of size {size!r} here"
         raise UserError(f"{what}: make one with {command}, or take size='mini', which is shipped.")
-    return found[sorted(found)[seed % len(found)]]
+    usual = recipe(read_training(found[min(found)]))
+    alike = [n for n in sorted(found) if recipe(read_training(found[n])) == usual]
+    return found[alike[seed % len(alike)]]
+
+
+def recipe(record: dict) -> dict:
+    """Return what models of several seeds have in common, of a training.json."""
+    return record.get("config", {}) | {"seed": 0, "precision": ""}
 
 
 def weights_folder(point: StartingPoint, size: str, seed: int) -> Path | None:

@@ -22,11 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dtlib.errors import UserError, explained
+from dtlib.errors import UserError, explained, reading
 
 REFUSED = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 SEAL = "sha256.json"  # in a folder made here: the SHA-256 of its other files
-WRITING = f".writing-{platform.node()}-"  # begins temporary names; the process's number follows
 
 
 def typed(path: str | Path) -> Path:
@@ -80,10 +79,23 @@ def digest(*parts: Path | bytes | str | object) -> str:
 
 
 @functools.cache
+@reading()
 def _file_digest(path: Path, changed: int, size: int) -> str:
     """Computed once for as long as a file keeps its time of change and its size."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _here() -> str:
+    """Name this boot and this namespace: elsewhere a process's number is another process's."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+        return digest(os.readlink("/proc/self/ns/pid"), boot)[:8]
+    return "here"
+
+
+# Begins temporary names; the process's number follows.
+WRITING = f".writing-{platform.node()}-{_here()}-"
 
 
 @contextlib.contextmanager
@@ -114,10 +126,13 @@ def sweep(found: Iterable[Path]) -> None:
 
 def sweep_cache() -> None:
     """Remove what dead processes left in the cache: temporary files and locks."""
-    sweep(cache_root().rglob(".writing-*"))
-    for lock in cache_root().rglob("*.lock"):
-        with contextlib.suppress(OSError, Timeout), FileLock(lock).acquire(timeout=0):
-            lock.unlink()
+    linked = [folder for folder in cache_root().glob("*/") if folder.is_symlink()]
+    for root in (cache_root(), *linked):
+        root = root.resolve()  # else not entered
+        sweep(root.rglob(".writing-*"))
+        for lock in root.rglob("*.lock"):
+            with contextlib.suppress(OSError, Timeout), FileLock(lock).acquire(timeout=0):
+                lock.unlink()
 
 
 def temporary_name(folder: Path) -> Path:
@@ -153,7 +168,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             sweep(path.parent.glob(".writing-*"))
             temporary.touch(exist_ok=False)  # follows no link
+            mode = temporary.stat().st_mode  # the umask's
             yield temporary
+            if temporary.stat().st_mode != mode:
+                temporary.chmod(mode)  # safetensors' own is for its writer only
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -181,8 +199,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return a safetensors file's tensors, on the CPU. Raises UserError for any other file."""
     what = f"{path} is not a whole safetensors file"
     advice = "get it anew; no pickle is opened, but transformers' save_pretrained converts them"
-    with explained(what, advice, OSError, SafetensorError), safe_open(path, "pt") as file:
+    kinds = OSError, SafetensorError
+    with explained(what, advice, *kinds), reading(), safe_open(_opens(path), "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _opens(path: Path) -> Path:
+    """Return ``path`` if the system opens it: safetensors calls a file "absent" that it refuses."""
+    path.open("rb").close()
+    return path
 
 
 @contextlib.contextmanager
@@ -213,7 +238,7 @@ def growing(final: Path, remake: bool = False) -> Iterator[Path | None]:
     Yields None where ``final`` is there already. Of several processes, one works, the others wait.
     ``remake``: a sealed folder in which a file changed is made anew.
     """
-    if final.exists() and not (remake and damaged(final)):
+    if _made(final) and not (remake and damaged(final)):
         yield None
         return
     folder = final.parent / ".partial" / final.name
@@ -221,7 +246,7 @@ def growing(final: Path, remake: bool = False) -> Iterator[Path | None]:
         if remake and (changed := damaged(final)):
             print(f"{changed} is damaged: {final.name} is made anew.", flush=True)
             shutil.rmtree(final)
-        if final.exists():
+        if _made(final):
             yield None
             return
         folder.mkdir(exist_ok=True)
@@ -229,6 +254,12 @@ def growing(final: Path, remake: bool = False) -> Iterator[Path | None]:
         yield folder
         with writing(final):
             os.rename(folder, final)
+    with contextlib.suppress(OSError):  # in the cache, another process may be about to use it
+        final.is_relative_to(cache_root()) or folder.parent.rmdir()
+
+
+def _made(final: Path) -> bool:
+    return final.exists() and not (final.is_dir() and not any(final.iterdir()))
 
 
 def seal(folder: Path) -> None:
@@ -243,7 +274,8 @@ def damaged(folder: Path) -> Path | None:
     if not seals.is_file():
         return None
     try:
-        known = json.loads(seals.read_text(encoding="utf-8"))
+        with reading():
+            known = json.loads(seals.read_text(encoding="utf-8"))
         wrong = [name for name, code in known.items() if digest(folder / name) != code]
     except (OSError, ValueError, AttributeError):
         return seals
@@ -269,26 +301,31 @@ def _sealed(tensors: dict[str, Tensor], text: str) -> str:
     return found.hexdigest()
 
 
-def load_state(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> dict | None:
+def load_state(
+    path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, name: str | None = None
+) -> dict | None:
     """Load what ``save_state`` wrote, in place; return its ``progress``, or None without a file.
 
-    A damaged file is as none: the training begins anew, and that is printed.
+    One that is damaged, or of a training of another ``name``, is as none: the training begins anew,
+    and that is printed.
     """
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:
+        with reading(), safe_open(_opens(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             about = file.metadata()
         if about["sha256"] != _sealed(tensors, about["progress"]):
             raise ValueError("its checksum is another one")
         progress = json.loads(about["progress"])
-        for name, code in progress.get("files", {}).items():
-            if digest(path.with_name(name)) != code:
-                raise ValueError(f"so is {name} beside it")
-        weights = {name: tensors[f"model.{name}"] for name, _ in model.named_parameters()}
+        if progress.get("name") != name:
+            raise ValueError(f"it belongs to {progress.get('name')}")
+        for file, code in progress.get("files", {}).items():
+            if digest(path.with_name(file)) != code:
+                raise ValueError(f"so is {file} beside it")
+        weights = {key: tensors[f"model.{key}"] for key, _ in model.named_parameters()}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        print(f"{path} is damaged ({error}): this training begins anew.", flush=True)
+        print(f"{path} is damaged or another's ({error}): this training begins anew.", flush=True)
         return None
     model.load_state_dict(weights, strict=False)  # buffers are not saved
     moments = {
@@ -317,14 +354,15 @@ def resumable(
     1. After each, the state is saved. ``on_steps`` is told of the steps of an earlier process.
     Raises UserError if the training was begun on other data.
     """
-    state, now = folder / "resume.safetensors", versions()
-    progress = load_state(state, model, optimiser) or new | {"versions": now}
+    state, code = folder / "resume.safetensors", Path(__file__).parent.rglob("*.py")
+    now = versions() | {"dtlib": digest(*sorted(code))[:12]}
+    progress = load_state(state, model, optimiser, new.get("name")) or new | {"versions": now}
     if progress.get("fingerprint") != new.get("fingerprint"):
         advice = "bring the old data back, or move that folder away"
         raise UserError(f"There are other data than when {folder} was begun: {advice}.")
     if (old := progress["versions"]) != now:
         changed = [f"{n} {old.get(n)} then, {v} now" for n, v in now.items() if old.get(n) != v]
-        print(f"{folder.name} goes on with other libraries: {'; '.join(changed)}.", flush=True)
+        print(f"{folder.name} goes on with other code: {'; '.join(changed)}.", flush=True)
         progress |= {"versions": now, "begun_with": progress.get("begun_with", old)}
     if progress[rows]:
         on_steps(progress[rows][-1]["step"])

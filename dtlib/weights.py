@@ -5,19 +5,21 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dtlib.causal import SMOLLM2
 from dtlib.config import SIZES
-from dtlib.errors import UserError, explained, problem
+from dtlib.errors import UserError, explained, problem, reading
 from dtlib.model import ARCHITECTURES, DecisionTransformer
 from dtlib.storage import damaged, memory, read_tensors
 
 # What a weights file may hold beyond the blocks: tables and heads, and causal masks in old files.
 LEFT_OUT = r"(?!(h|ln_f)\.).*|h\.\d+\.attn\.(masked_)?bias"
 USUAL = r"(wte|wpe|lm_head)\.weight|h\..*"  # of these, what is left out without a word
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 # ImageGPT's norms have no bias: in GPT-2 blocks these stay at GPT-2's own zeros.
 NEW_BIASES = r"(h\.\d+\.ln_[12]|ln_f)\.bias"
 
@@ -49,11 +51,22 @@ def read_any_config(folder: Path) -> dict:
     """Return a model folder's config.json. Raises UserError if it is missing or not an object."""
     path, kinds = folder / "config.json", (OSError, ValueError, KeyError, TypeError, RecursionError)
     advice = "give a folder in transformers' layout"
-    with explained(f"{path} is missing or describes no model", advice, *kinds):
+    with explained(f"{path} is missing or describes no model", advice, *kinds), reading():
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config["model_type"], str):
             raise ValueError("model_type is no text")
         return config
+
+
+def read_training(folder: Path) -> dict:
+    """Return a pre-trained model's training.json, {} where there is none. UserError if damaged."""
+    path, kinds = folder / "training.json", (OSError, ValueError, KeyError, TypeError)
+    advice = "bring it back, or rename it if another program wrote it"
+    with explained(f"{path} is no whole record of pre-training", advice, *kinds), reading():
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if found:
+            found["config"] = {"tokens": "", "corpus": "", **found["config"]}
+        return found
 
 
 def read_config(folder: Path) -> dict:
@@ -111,7 +124,7 @@ def weights_files(folder: Path) -> list[Path]:
     if whole.exists() or not index.is_file():
         return [whole]
     kinds = OSError, ValueError, KeyError, TypeError, AttributeError
-    with explained(f"{index} lists no weights", "get the folder anew", *kinds):
+    with explained(f"{index} lists no weights", "get the folder anew", *kinds), reading():
         names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it must name files beside it")
@@ -147,6 +160,8 @@ def load_blocks(model: DecisionTransformer, folder: Path) -> dict[str, list[str]
         if found[name].shape != inside[name]:
             shapes = f"{tuple(found[name].shape)}, expected {tuple(inside[name])}"
             wrong.append(f"{name} has shape {shapes}")
+        elif found[name].dtype not in FLOATS:
+            wrong.append(f"{name} is {found[name].dtype}, quantised, not floating point")
         elif not found[name].isfinite().all():
             wrong.append(f"{name} holds NaN or infinity")
     if wrong:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma import GemmaConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
@@ -105,12 +106,29 @@ def test_bad_folders_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="'vit' model is no causal language model"):
         build(tmp_path)
     (tmp_path / "config.json").write_text(CONFIGS["llama"].to_json_string())
-    with pytest.raises(UserError, match="holds no causal language model that can be read"):
+    with pytest.raises(UserError, match="is not a whole safetensors file"):
         build(tmp_path)
     other = LlamaConfig(**SHAPE | {"num_hidden_layers": 1}, **FEWER)
     AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(CONFIGS["llama"].to_json_string())
     with pytest.raises(UserError, match="does not fit its architecture"):
+        build(tmp_path)
+
+
+def test_only_files_in_the_name_are_read_and_quantised_ones_are_refused(tmp_path):
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
+    before = build(tmp_path).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "o.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = json.dumps(config | {"transformers_weights": "o.safetensors"})
+    (tmp_path / "config.json").write_text(text)
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in build(tmp_path).state_dict().items()
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name} is torch.int8, quantised: give floating-point"):
         build(tmp_path)
 
 

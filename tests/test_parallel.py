@@ -248,3 +248,12 @@ def test_threads_keep_the_order_and_have_one_core_each():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_processes_that_cannot_be_started_say_what_to_try(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(30, "Read-only file system", "/dev/shm")
+
+    monkeypatch.setattr(joblib, "Parallel", refuse)
+    with pytest.raises(UserError, match="Cannot start worker processes .*: try processes=1"):
+        list(in_processes(abs, [1, 2], 2, "try processes=1"))

@@ -292,6 +292,12 @@ def test_another_text_under_the_same_name_is_noticed(tmp_path, monkeypatch):
     assert (pretrain(config, tmp_path / "model") / "model.safetensors").exists()
 
 
+def test_an_empty_folder_is_filled_and_nothing_is_left_beside_it(tmp_path):
+    (tmp_path / "place" / "out").mkdir(parents=True)
+    assert (pretrain(MARKOV, tmp_path / "place" / "out") / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "place").iterdir()] == ["out"]
+
+
 def test_a_folder_of_something_else_is_left_alone(trained, tmp_path, monkeypatch):
     folder, config = trained["language"]
     monkeypatch.setattr(training, "_train", lambda *arguments: pytest.fail("trained"))

@@ -181,7 +181,67 @@ def test_a_trial_is_no_starting_point(own_cache):
         training.pretrain(wanted)
 
 
+def test_a_model_that_runs_would_not_use_is_refused(own_cache, tmp_path):
+    for wish in ({"steps": 20}, {"steps": 20, "seed": 1}):  # shipped; other than the shipped
+        with pytest.raises(UserError, match="Runs would not use this .*language-tiny-seed0.*--out"):
+            training.pretrain(training.PretrainConfig("language", "tiny", **wish))
+    made = own_cache / "starting_points" / "language-tiny-seed1"
+    shutil.copytree(SHIPPED, made)
+    assert starts.pretrained_folder("language", "tiny", 1) == made
+    record = json.loads((made / "training.json").read_text())
+    edit(made / "training.json", config=record["config"] | {"steps": 20})
+    assert starts.pretrained_folder("language", "tiny", 1) == SHIPPED
+
+
+def test_the_corpus_that_a_models_record_names_is_in_the_name(folder):
+    names, record = set(), json.loads((folder / "training.json").read_text())
+    for corpus in ("python", "installed", "wikitext-2"):
+        edit(folder / "training.json", config=record["config"] | {"corpus": corpus})
+        names.add(name_of(initialisation=str(folder), cotraining=1.0))
+    (folder / "training.json").unlink()
+    assert len(names | {name_of(initialisation=str(folder), cotraining=1.0)}) == 4
+
+
+@pytest.mark.parametrize("text", ["", '{"config"', '{"epoch": 3}', "[]3", '{"config": 7}'])
+def test_a_record_of_pretraining_that_is_none_is_one_sentence(folder, text):
+    (folder / "training.json").write_text(text)
+    with pytest.raises(UserError, match=r"training\.json is no whole record of pre-training"):
+        name_of(initialisation=str(folder), cotraining=1.0)
+
+
+def test_runs_of_other_versions_and_copies_are_not_called_damaged(own_cache, tmp_path):
+    wish = runs.RunConfig(dataset=str(write(tmp_path / "d.hdf5", columns())), **SMALL)
+    run = runs.fine_tune(wish)
+    copy = Path(shutil.copytree(run.path, run.path.with_name("copy")))
+    with pytest.raises(UserError, match=f"copy is a renamed or copied {run.path.name}: name it so"):
+        runs.Run.open(copy)
+    record = json.loads((run.path / "run.json").read_text())
+    record["config"]["new_field"] = record.pop("checksum") == ""
+    text = json.dumps({"checksum": storage.digest(json.dumps(record)), **record})
+    (run.path / "run.json").write_text(text)
+    with pytest.raises(UserError, match="is of another version of dtlib .*new_field"):
+        runs.Run.open(run.path)
+
+
 # Divergence is a result, not a run
+
+
+def test_what_is_not_finite_is_no_run(own_cache, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="target_return"):
+        runs.RunConfig(target_return=1e42)
+    wish = runs.RunConfig(dataset=str(write(tmp_path / "d.hdf5", columns())), **SMALL)
+    monkeypatch.setattr(runs, "action_error", lambda *arguments: float("nan"))
+    with pytest.raises(UserError, match="After epoch 0 actions or returns are not finite"):
+        runs.fine_tune(wish)
+    assert not list(records.runs_root().glob("[!.]*"))
+
+
+def test_quantised_weights_are_refused(folder):
+    tensors, name = load_file(folder / "model.safetensors"), "transformer.h.1.attn.c_attn.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="attn.c_attn.weight is torch.int8, quantised"):
+        starts.build_model(str(folder), "tiny", HOPPER, 0)
 
 
 def test_a_training_that_diverges_says_so_and_leaves_no_run(own_cache, tmp_path):
@@ -284,6 +344,28 @@ def test_an_array_larger_than_the_memory_is_refused_before_it_is_read(tmp_path):
         data.load(tmp_path / "a.hdf5", HOPPER)
 
 
+def test_groups_masks_and_what_is_no_data_are_sentences(tmp_path):
+    arrays = columns()
+    del arrays["rewards"]
+    with h5py.File(write(tmp_path / "a.hdf5", arrays), "a") as file:
+        file.create_group("rewards")
+    masked = columns()
+    masked["rewards"] = np.ma.masked_less(masked["rewards"], 0.5)
+
+    class Source:
+        def __init__(self, columns):
+            self.get_dataset = lambda: columns
+
+    for given, says in (
+        (tmp_path / "a.hdf5", "rewards is no array"),
+        (Source(masked), "rewards has masked entries"),
+        (Source(None), r"get_dataset\(\) gave None"),
+        ("x" * 5000 + ".hdf5", "There is no file"),
+    ):
+        with pytest.raises(UserError, match=says):
+            data.load(given, HOPPER)
+
+
 def test_what_is_odd_in_the_data_is_said(tmp_path):
     arrays = columns()
     arrays["actions"][:50] *= 3
@@ -377,7 +459,109 @@ def test_other_libraries_on_resume_are_said_and_kept(own_cache, tmp_path, monkey
     monkeypatch.setattr(storage, "versions", lambda: older | {"torch": "9.9"})
     run = runs.fine_tune(wish)
     assert f"torch {older['torch']} then, 9.9 now" in capsys.readouterr().out
-    assert run.record["provenance"]["begun_with"] == older
+    assert older.items() <= run.record["provenance"]["begun_with"].items()
+
+
+def test_another_dtlib_on_resume_is_said_and_kept(own_cache, tmp_path, monkeypatch, capsys):
+    wish = runs.RunConfig(dataset=str(write(tmp_path / "d.hdf5", columns())), **SMALL)
+    interrupted(wish, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.Path, "rglob", lambda *a: [Path(__file__)])
+        run = runs.fine_tune(wish)
+    assert "goes on with other code: dtlib" in capsys.readouterr().out
+    versions = run.record["provenance"]["versions"]
+    assert run.record["provenance"]["begun_with"]["dtlib"] != versions["dtlib"]
+
+
+def test_a_state_under_another_runs_name_begins_anew(own_cache, tmp_path, monkeypatch, capsys):
+    wish = runs.RunConfig(dataset=str(write(tmp_path / "d.hdf5", columns())), **SMALL)
+    other = dataclasses.replace(wish, learning_rate=1e-2)
+    folder = interrupted(wish, monkeypatch)
+    folder.rename(folder.with_name(records.run_folder(other).name))
+    mixed = runs.fine_tune(other)
+    assert f"it belongs to {folder.name}" in capsys.readouterr().out
+    shutil.rmtree(mixed.path)
+    assert runs.fine_tune(other).metrics == mixed.metrics
+
+
+def test_another_text_on_resume_is_noticed(own_cache, tmp_path, monkeypatch):
+    def documents(word):
+        texts = (
+            f"the {word} {'abcdefghij'[i % 10] * 3} walks by {'qrstuv'[i % 6] * 2} birds and "
+            f"sees a {'mnop'[i % 4] * 4} lake {'wxyz'[i // 60 % 4] * (i // 240 + 1)}"
+            for i in range(2000)
+        )
+        return lambda packages, progress: (("x", text) for text in texts)
+
+    wish = {"dataset": str(write(tmp_path / "d.hdf5", columns())), "initialisation": "language"}
+    wish = runs.RunConfig(**SMALL | wish, cotraining=1.0, cotraining_corpus="python")
+    monkeypatch.setattr(language, "_python_documents", documents("robot"))
+    interrupted(wish, monkeypatch)
+    monkeypatch.setattr(language, "_python_documents", documents("banana"))
+    shutil.rmtree(own_cache / "corpora")
+    with pytest.raises(UserError, match="There are other data than when"):
+        runs.fine_tune(wish)
+
+
+# What cannot be read just now is neither damaged nor removed
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Names of files that the system does not open, as those of another user."""
+    names, real = set(), open
+
+    def opens(path, *arguments, **options):
+        if os.path.basename(str(path)) in names:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", opens)
+    monkeypatch.setattr("io.open", opens)
+    return names
+
+
+def test_what_cannot_be_read_now_is_kept(own_cache, folder, tmp_path, monkeypatch, refused):
+    wish = runs.RunConfig(dataset=str(write(tmp_path / "d.hdf5", columns())), **SMALL)
+    state = interrupted(wish, monkeypatch) / "resume.safetensors"
+    before = state.read_bytes()
+
+    def is_said(action, name):
+        storage._file_digest.cache_clear()
+        refused.add(name)
+        with pytest.raises(UserError, match=f"^This cannot be read now .*{name}.*who may read it"):
+            action()
+        refused.clear()
+
+    is_said(lambda: runs.fine_tune(wish), state.name)
+    assert state.read_bytes() == before and state.stat().st_mode & 0o777 == 0o666 & ~umask()
+    run = runs.fine_tune(wish)
+    is_said(lambda: runs.Run.open(run.path), "run.json")
+    is_said(run.load_model, "epoch_001.safetensors")
+    is_said(lambda: starts.build_model(str(folder), "tiny", HOPPER, 0), "config.json")
+    storage.seal(folder)
+    is_said(lambda: weights.read_weights(folder), "sha256.json")
+    is_said(lambda: weights.read_weights(folder), "model.safetensors")
+    with storage.growing(folder, remake=True) as growing:
+        assert growing is None
+    is_said(lambda: storage.growing(folder, remake=True).__enter__(), "model.safetensors")
+    assert (folder / "model.safetensors").exists()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_data_that_another_process_writes_are_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(path):
+        raise BlockingIOError(errno.EAGAIN, f"{path}: {os.strerror(errno.EAGAIN)}")
+
+    path = write(tmp_path / "d.hdf5", columns())
+    monkeypatch.setattr(h5py, "File", refuse)
+    with pytest.raises(UserError, match=r"^This cannot be read now .*d\.hdf5"):
+        data.load(path, HOPPER)
 
 
 def test_a_damaged_corpus_is_made_anew(own_cache, tmp_path, capsys):
@@ -606,13 +790,16 @@ def test_what_dead_processes_left_is_swept_and_what_lives_stays(own_cache):
         (place / f"{storage.WRITING}{dead.pid}-aa").touch()
         (place / f"{storage.WRITING}{os.getpid()}-bb").touch()
         (place / f".writing-elsewhere-{dead.pid}-cc").touch()  # another machine's
+        (place / f".writing-{os.uname().nodename}-0123abcd-{dead.pid}-cc").touch()  # container's
         (place / "x.lock").touch()
     (own_cache / f"{storage.WRITING}{dead.pid}-dd" / "kernels").mkdir(parents=True)
+    (own_cache / "runs").rename(own_cache.with_name("large disk"))
+    (own_cache / "runs").symlink_to(own_cache.with_name("large disk"))
     storage.sweep_cache()
-    left = sorted(path.name for path in own_cache.rglob("*") if path.is_file())
-    assert left == sorted(
-        [f"{storage.WRITING}{os.getpid()}-bb", f".writing-elsewhere-{dead.pid}-cc"] * 3
-    )
+    left = [path.name for place in places for path in place.iterdir() if path.is_file()]
+    container = f".writing-{os.uname().nodename}-0123abcd-{dead.pid}-cc"
+    stays = [f"{storage.WRITING}{os.getpid()}-bb", f".writing-elsewhere-{dead.pid}-cc", container]
+    assert sorted(left) == sorted(stays * 3)
     assert not list(own_cache.glob(".writing-*"))
 
 

@@ -31,8 +31,9 @@ from dtlib.pretraining.language import language
 from dtlib.pretraining.synthetic import synthetic
 from dtlib.progress import tqdm
 from dtlib.seeding import stream_seed
+from dtlib.starts import pretrained_folder, recipe
 from dtlib.train import refuse_divergence
-from dtlib.weights import read_config, read_weights
+from dtlib.weights import read_config, read_training, read_weights
 
 # What None stands for in a config, by size: width at most 384, larger.
 OWN = {"vocabulary": (2048, 16_384), "sequence": (128, 1024), "batch_size": (16, 64)}
@@ -166,10 +167,10 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
 
 def is_trial(folder: Path, config: PretrainConfig) -> bool:
     """Return whether a model in the cache was trained otherwise, but for seed and precision."""
-    record = folder / "training.json"
-    if folder.parent != storage.cache_root() / "starting_points" or not record.is_file():
+    record = read_training(folder)
+    if folder.parent != storage.cache_root() / "starting_points" or not record:
         return False
-    known = PretrainConfig(**json.loads(record.read_text(encoding="utf-8"))["config"])
+    known = PretrainConfig(**record["config"])
     return replace(known, seed=config.seed, precision=config.precision) != config
 
 
@@ -191,21 +192,33 @@ def pretrain(
     after n more steps; None shows a progress bar. Raises UserError for a bad corpus, and if
     ``folder`` (None: in the cache) holds something else.
     """
-    folder = storage.typed(folder or storage.cache_root() / "starting_points" / config.name)
+    if folder is None:
+        folder = storage.cache_root() / "starting_points" / config.name
+        _refuse_unused(config, folder)
+    folder = storage.typed(folder)
     device = choose_device(device)
     with storage.growing(folder) as partial:
-        path = (partial or folder) / "training.json"
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known = {"tokens": "", **record.get("config", {})}
-        if known != asdict(config) and (partial is None or any(partial.iterdir())):
+        record = read_training(partial or folder)
+        if record.get("config") != asdict(config) and (partial is None or any(partial.iterdir())):
             advice = "move it away or use another --out"
-            raise UserError(f"{path.parent} holds something else: {advice}.")
+            raise UserError(f"{partial or folder} holds something else: {advice}.")
         if partial and not (partial / storage.SEAL).exists():  # else only the rename is missing
             with one_thread(device):  # the same rounding on any number of cores
                 _train(config, partial, record, device, on_steps)
         elif on_steps is not None:
             on_steps(config.steps)
     return folder
+
+
+def _refuse_unused(config: PretrainConfig, folder: Path) -> None:
+    try:
+        used = pretrained_folder(config.kind, config.size, config.seed, config.tokens)
+    except UserError:  # there is none yet
+        return
+    alike = recipe(read_training(used)) == recipe({"config": asdict(config)})
+    if used != folder and (used.name == folder.name or not alike):
+        advice = "choose another folder by --out, and give runs that folder as initialisation"
+        raise UserError(f"Runs would not use this model but {used}: {advice}.")
 
 
 def _train(

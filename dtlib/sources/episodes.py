@@ -38,6 +38,8 @@ def _checked(name: str, source: dict, task: Task, steps: int | None) -> dict[str
     if missing := [key for key in required if key not in source]:
         expected = f"{', '.join(required)} and, where episodes can time out, timeouts, as in D4RL"
         raise UserError(f"{name} has no {' and no '.join(missing)}: expected {expected}.")
+    if masked := [key for key in KEYS if np.ma.is_masked(source.get(key))]:
+        raise UserError(f"{name}: {masked[0]} has masked entries; remove such episodes.")
     found = {key: np.asarray(source[key]) for key in KEYS if key in source}
     sizes = {key: array.shape[:1] for key, array in found.items()}
     if len(set(sizes.values())) > 1:

@@ -10,7 +10,7 @@ import numpy as np
 import pooch
 import requests
 
-from dtlib.errors import UserError, explained
+from dtlib.errors import UserError, explained, reading
 from dtlib.progress import tqdm
 from dtlib.sources.collected import QUALITIES
 from dtlib.sources.episodes import KEYS, fingerprint
@@ -24,14 +24,15 @@ SUFFIXES = {".hdf5", ".h5", *PICKLES}  # of paths; pickles are refused
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of a whole HDF5 file in D4RL's layout. Raises UserError for others."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # nor a name that is too long
         raise UserError(f"There is no file {path}: expected an HDF5 file in D4RL's layout.")
-    head = np.fromfile(path, np.uint8, 2).tolist()
+    with reading():
+        head = np.fromfile(path, np.uint8, 2).tolist()
     if path.suffix.lower() in PICKLES or (head[:1] == [0x80] and head[1:] <= [5]):
         raise UserError(f"{path} is a pickle, which can run code: give HDF5 in D4RL's layout.")
     what, advice = f"{path} is not HDF5, or not all of it is there", "move it away, get it anew"
     # Damage surfaces as any of many kinds.
-    with explained(what, advice, Exception), h5py.File(path) as file:
+    with explained(what, advice, Exception), reading(), h5py.File(path) as file:
         # Without following links: one to a pipe would hang.
         links = {key: file.get(key, getlink=True) for key in set(KEYS) & set(file.keys())}
         columns = {k: _read_array(path, file, k, links[k]) for k in KEYS if k in links}
@@ -42,6 +43,8 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
 
 def _read_array(path: Path, file: h5py.File, key: str, link: object) -> np.ndarray:
     inside = isinstance(link, h5py.HardLink)
+    if inside and not isinstance(file[key], h5py.Dataset):
+        raise UserError(f"{path}: {key} is no array: give one, of a row a step.")
     if not inside or (array := file[key]).external or array.is_virtual:
         raise UserError(f"{path}: {key} lies in another file, which is not read: copy it into one.")
     if array.nbytes > memory():

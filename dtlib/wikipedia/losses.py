@@ -1,7 +1,6 @@
 """What paper B changes in fine-tuning: alignment, co-training, time steps; and LaMo's adapters."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from dtlib.pretraining.language import language
 from dtlib.seeding import stream_seed
 from dtlib.starts import get_starting_point, weights_folder
 from dtlib.storage import typed
-from dtlib.weights import read_config, read_weights
+from dtlib.weights import FLOATS, read_config, read_training, read_weights
 
 
 def annealing(step: int, steps: float = 5000) -> float:
@@ -66,7 +65,8 @@ class Words(nn.Module):
         super().__init__()
         found = read_weights(folder)
         tables = [found.get(name) for name in ("wte.weight", "wpe.weight")]
-        if any(t is None or t.dim() != 2 or not t.isfinite().all() for t in tables):
+        whole = [t for t in tables if t is not None and t.dim() == 2 and t.dtype in FLOATS]
+        if len(whole) < 2 or not all(table.isfinite().all() for table in whole):
             raise UserError(f"{folder} has no finite word and position tables: name a GPT-2.")
         self.wte, self.wpe = (nn.Parameter(table.float()) for table in tables)
 
@@ -83,9 +83,8 @@ def corpus_of(config: RunConfig) -> str:
     if config.cotraining_corpus or (point.hub and not typed(point.hub).is_dir()):
         return config.cotraining_corpus or "wikitext-103"
     folder = weights_folder(point, config.size, config.seed)
-    if folder and (record := folder / "training.json").is_file():  # pre-trained here
-        return json.loads(record.read_text(encoding="utf-8"))["config"]["corpus"]
-    return "wikitext-103"
+    record = read_training(folder) if folder else {}  # of models pre-trained here
+    return record["config"]["corpus"] if record else "wikitext-103"
 
 
 def text_for(folder: Path, corpus: str) -> Corpus:
