@@ -319,7 +319,7 @@ def load_state(
             raise ValueError("its checksum is another one")
         progress = json.loads(about["progress"])
         if progress.get("name") != name:
-            raise ValueError(f"it belongs to {progress.get('name')}")
+            raise ValueError(f"it belongs to {progress.get('name', 'an older version')}")
         for file, code in progress.get("files", {}).items():
             if digest(path.with_name(file)) != code:
                 raise ValueError(f"so is {file} beside it")

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from dtlib import storage
 from dtlib.config import SIZES, VALUES, Count, NotNegative, Positive, Whole
 from dtlib.devices import choose_device
-from dtlib.errors import Checked, UserError, explained
+from dtlib.errors import Checked, UserError, explained, reading
 from dtlib.parallel import one_thread, run_all
 from dtlib.pretraining.corpus import Corpus, count_within
 from dtlib.pretraining.images import image
@@ -151,7 +151,7 @@ def load_starting_point(folder: Path) -> tuple[nn.Module, dict, Tensor]:
     held_out = storage.read_tensors(folder / "held_out.safetensors")
     what = f"{folder} is no whole starting point, or a file in it does not fit its config.json"
     kinds = OSError, ValueError, KeyError, TypeError, RuntimeError, UserError
-    with explained(what, "make it anew by `python -m dtlib pretrain`", *kinds):
+    with explained(what, "make it anew by `python -m dtlib pretrain`", *kinds), reading():
         record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
         config = PretrainConfig(**record["config"])
         if tokenizer.exists():

@@ -124,7 +124,7 @@ def read_minari(identifier: str, progress: bool = True) -> dict[str, np.ndarray]
 
     parts, what = [], f"Minari can neither read nor download {identifier!r}"
     advice = "give an id such as mujoco/hopper/medium-v0; move a damaged copy away"
-    with explained(what, advice, Exception):  # each of its backends raises its own kind
+    with explained(what, advice, Exception), reading():  # each of its backends raises its own kind
         dataset = minari.load_dataset(identifier, download=True)
         for episode in tqdm(dataset, identifier, dataset.total_episodes, disable=not progress):
             last = np.arange(len(episode)) == len(episode) - 1  # ends, if only as a timeout
