@@ -127,14 +127,14 @@ def dots(
             if not np.allclose(exact, (mean, low, high), equal_nan=True):
                 note(ax, "bars are cut where the quantity ends")
             small = look(name, marker="|", markersize=7, alpha=0.6)
-            ax.plot(values, [at] * len(values), **small)
+            ax.plot(values.clip(*shown or within), [at] * len(values), **small)
             bar = ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], **look(name))
             if len(values):
                 logarithms = t_interval(np.log(values.where(values > 0)))
                 bar.by_logarithm = np.clip(np.exp(logarithms), *within)
             note(ax, *("ticks: seeds", BARS)[: max(0, len(values) - 1)])  # bars need three
             if shown and len(values):
-                _beyond(ax, at, (mean, low, high), shown, name)
+                _beyond(ax, at, values, shown, name)
     fit_bars(ax)
     if shown:
         ax.set_xlim(shown)
@@ -145,26 +145,29 @@ def dots(
     ax.tick_params(axis="y", length=0)
 
 
-def _beyond(ax: plt.Axes, y: float, found: tuple, shown: tuple, name: str) -> None:
-    """Mark where mean and interval ``found`` leave the axis ``shown``, and write their numbers."""
-    mean, low, high = found
+def _beyond(ax: plt.Axes, y: float, values: pd.Series, shown: tuple, name: str) -> None:
+    """Mark where mean and interval of ``values`` leave the axis ``shown``; write their numbers.
+
+    A filled arrowhead: the mean lies there. A hollow one: only the bar reaches there.
+    """
+    mean, low, high = t_interval(values)
     ends = (mean, mean) if np.isnan(low) else (low, high)
-    out = ends[0] < shown[0], ends[1] > shown[1]
-    for leaves, x, caret in zip(out, shown, (4, 5), strict=True):
+    outside = not shown[0] <= mean <= shown[1]
+    heads = {4: (shown[0], ends[0] < shown[0]), 5: (shown[1], ends[1] > shown[1])}
+    for caret, (x, leaves) in heads.items():
+        fill = {} if outside else {"markerfacecolor": "white"}
         if leaves:
-            ax.plot(x, y, **look(name, marker=caret), clip_on=False)
-    if any(out):
-        left = mean < sum(shown) / 2
-        words = f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")
-        words = words.replace("-", "−")
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        place = {
-            "xytext": (8 if left else -8, 3),
-            "ha": "left" if left else "right",
-            "va": "bottom",
-        }
-        at = (shown[0] if left else shown[1], y)
-        ax.annotate(words, at, textcoords="offset points", fontsize=8, bbox=box, **place)
+            ax.plot(x, y, **look(name, marker=caret, clip_on=False, zorder=3) | fill)
+    if not any(leaves for _, leaves in heads.values()):
+        return
+    far = [f"{value:.0f}" for value in values if not shown[0] <= value <= shown[1]]
+    words = f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")
+    words += f"; seeds: {', '.join(far)}" if 0 < len(far) < min(3, len(values)) else ""
+    left = mean < sum(shown) / 2
+    place = {"ha": "left" if left else "right", "va": "center" if outside else "bottom"}
+    place["xytext"] = (10 if left else -10, 0 if outside else 4)
+    style = {"fontsize": 8, "color": look(name)["color"], "textcoords": "offset points"}
+    ax.annotate(words.replace("-", "−"), (shown[0] if left else shown[1], y), **place, **style)
 
 
 def zero(ax: plt.Axes) -> None:
@@ -209,7 +212,9 @@ def learning_curves(
         left.set_ylabel(label)
         last = wide.iloc[-1].unstack("initialisation")
         dots(right, {name: last[[name, against]] for name in shown}, against)
-        right.set_xlabel(f"last {label}, minus {against}")
+        better = "← better" if "error" in label else "better →"
+        right.set_xlabel(f"last {label}, minus {against} ({better})")
+        right.locator_params(axis="x", nbins=5)
         right.yaxis.tick_right()
         for text, name in zip(right.get_yticklabels(), shown, strict=True):
             text.set_color(look(name)["color"])
@@ -270,12 +275,13 @@ def tokens(
     returns_to_go (n,), states (n, S), actions (n, A): each token is a column of its numbers, blue
     below zero and red above; the return-to-go is written out.
     """
+    end = np.ceil(max(abs(states).max(), abs(actions).max()))
     for step, parts in enumerate(zip(returns_to_go[:, None], states, actions, strict=True)):
         for i, (letter, values) in enumerate(zip((r"\hat{R}", "s", "a"), parts, strict=True)):
             x = 4 * step + 1.2 * i
             place = {"extent": (x, x + 0.8, -len(values) / 2, len(values) / 2), "aspect": "auto"}
             if i:
-                ax.imshow(values[:, None], cmap="coolwarm", vmin=-2, vmax=2, **place)
+                ax.imshow(values[:, None], cmap="coolwarm", vmin=-end, vmax=end, **place)
             ax.text(x + 0.4, -states.shape[1] / 2 - 1, f"${letter}_{{{step + 1}}}$", ha="center")
         ax.text(4 * step + 0.4, 0, f"{returns_to_go[step]:.0f}", ha="center", va="center")
     edge = states.shape[1] / 2
