@@ -121,7 +121,7 @@ def ended(page: Page) -> bool:
 
 def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]:
     """Return what is wrong with one notebook."""
-    name, found, began = path.stem, [], time.monotonic()
+    name, found, began, answers = path.stem, [], time.monotonic(), [0.0]
     page.on("pageerror", lambda error: found.append(f"{name}: {error}"))
     page.on("console", lambda m: m.type == "error" and found.append(f"{name}: console: {m.text}"))
     page.goto(f"{address}/lab/tree/{path.relative_to(ROOT)}?reset", wait_until="load")
@@ -139,11 +139,15 @@ def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]
         boxes = page.locator(".widget-interact").all()
         if "figures.explore(" in path.read_text(encoding="utf-8") and not boxes:
             found.append(f"{name}: there are no controls")
-        still = [i for i, box in enumerate(boxes) if not moves(box)]
-        found += [f"{name}: control {i} does not change its picture" for i in still]
+        for i, box in enumerate(boxes):
+            asked = time.monotonic()
+            if not moves(box):
+                found.append(f"{name}: control {i} does not change its picture")
+            answers.append(time.monotonic() - asked)
     if shots:
         page.locator(".jp-WindowedPanel-outer").first.screenshot(path=shots / f"{name}.png")
-    print(f"{name}: {time.monotonic() - began:.0f} s, {len(found)} complaints", flush=True)
+    seconds = f"{time.monotonic() - began:.0f} s, the slowest control answers in {max(answers):.1f}"
+    print(f"{name}: {seconds}, {len(found)} complaints", flush=True)
     return found
 
 
