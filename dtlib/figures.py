@@ -164,7 +164,8 @@ def _beyond(ax: plt.Axes, y: float, values: pd.Series, shown: tuple, name: str) 
     words = f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")
     words += f"; seeds: {', '.join(far)}" if 0 < len(far) < min(3, len(values)) else ""
     left = mean < sum(shown) / 2
-    free = ends[1] < shown[0] or ends[0] > shown[1]  # no bar is drawn where the words stand
+    free = outside and not values.between(*shown).any()  # nothing is drawn where the words stand
+    free &= ends[1] < shown[0] or ends[0] > shown[1]
     place = {"ha": "left" if left else "right", "va": "center" if free else "bottom"}
     place["xytext"] = (10 if left else -10, 0 if free else 4)
     style = {"fontsize": 8, "color": look(name)["color"], "textcoords": "offset points"}
