@@ -64,6 +64,7 @@ def start_lab() -> tuple[subprocess.Popen, str]:
     command = f"{sys.executable} -m jupyterlab --no-browser --port={port} --ip=127.0.0.1"
     command += f" --IdentityProvider.token= --ServerApp.root_dir={ROOT} --allow-root"
     env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(FOLDER / "settings")}
+    env["OMP_NUM_THREADS"] = "1"  # as in `make lab`; two threads wait for each other on a busy core
     lab = subprocess.Popen(command.split(), env=env, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     for _ in range(240):
