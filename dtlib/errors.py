@@ -29,16 +29,25 @@ class Unreadable(UserError):
 
 
 @contextlib.contextmanager
-def reading() -> Iterator[None]:
-    """Turn what the system refuses to read just now, not for damage, into ``Unreadable``."""
+def refused(
+    codes: tuple[int, ...], what: str, advice: str, kind: type[UserError] = UserError
+) -> Iterator[None]:
+    """Turn what the system refuses, with one of errno's ``codes``, into a ``kind`` of error."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         # Safetensors wraps the system's error, whose text is still there.
-        if not any(os.strerror(code) in str(error) for code in BUSY):
+        if not any(os.strerror(code) in str(error) for code in codes):
             raise
-        advice = "see who may read it and whether its disk answers, then run again"
-        raise Unreadable(f"This cannot be read now ({error}): {advice}.") from error
+        raise kind(f"{what} ({error}): {advice}.") from error
+
+
+def reading() -> contextlib.AbstractContextManager:
+    """Turn what the system refuses to read just now, not for damage, into ``Unreadable``."""
+    advice = "see who may read it and whether its disk answers, then run again"
+    return refused(BUSY, "This cannot be read now", advice, Unreadable)
 
 
 def problem(error: ValidationError) -> str:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dtlib.errors import UserError, explained, reading
+from dtlib.errors import UserError, explained, reading, refused
 
 REFUSED = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
 SEAL = "sha256.json"  # in a folder made here: the SHA-256 of its other files
@@ -63,6 +63,11 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
+def code_digest() -> str:
+    """Return a digest of dtlib's own files, as they lie there now."""
+    return digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
+
+
 def digest(*parts: Path | bytes | str | object) -> str:
     """Return the SHA-256 of a path's content, of bytes, of text, or of anything else as JSON."""
     found = hashlib.sha256()
@@ -98,19 +103,10 @@ def _here() -> str:
 WRITING = f".writing-{platform.node()}-{_here()}-"
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> contextlib.AbstractContextManager:
     """Turn a full disk and a folder that cannot be written into a ``UserError`` with ``path``."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # Safetensors wraps the system's error, whose text is still there.
-        if not any(os.strerror(code) in str(error) for code in REFUSED):
-            raise
-        advice = "make room there, or point DTLIB_CACHE to another disk, and run again"
-        raise UserError(f"Cannot write {path} ({error}): {advice}.") from error
+    advice = "make room there, or point DTLIB_CACHE to another disk, and run again"
+    return refused(REFUSED, f"Cannot write {path}", advice)
 
 
 def sweep(found: Iterable[Path]) -> None:
@@ -354,8 +350,7 @@ def resumable(
     1. After each, the state is saved. ``on_steps`` is told of the steps of an earlier process.
     Raises UserError if the training was begun on other data.
     """
-    state, code = folder / "resume.safetensors", Path(__file__).parent.rglob("*.py")
-    now = versions() | {"dtlib": digest(*sorted(code))[:12]}
+    state, now = folder / "resume.safetensors", versions() | {"dtlib": code_digest()}
     progress = load_state(state, model, optimiser, new.get("name")) or new | {"versions": now}
     if progress.get("fingerprint") != new.get("fingerprint"):
         advice = "bring the old data back, or move that folder away"

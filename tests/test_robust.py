@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dtlib import batch, config, data, profiles, records, runs, settings, starts, storage, weights
-from dtlib.errors import UserError
+from dtlib.errors import Unreadable, UserError, reading
 from dtlib.model import DecisionTransformer
 from dtlib.pretraining import language, training
 from dtlib.sources import collected, files
@@ -848,3 +848,10 @@ def test_a_download_that_was_killed_is_swept(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Cannot download"):
         files.d4rl_file(HOPPER, "medium", False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_read_now_is_said_once():
+    """Though one reading stands inside another: a checkpoint's, and its digest's."""
+    with pytest.raises(Unreadable) as caught, reading(), reading():
+        raise PermissionError(13, "Permission denied")
+    assert str(caught.value).count("cannot be read now") == 1
