@@ -411,7 +411,9 @@ class Output:
         self.profile, self.folder = profile, top / notebook
         self.overrides = json.loads(chosen or "{}") | (overrides or {})
         # Now, before hours of training, in which somebody may edit the notebook.
-        self.hash = notebook_hash(repository() / "notebooks" / f"{notebook}.ipynb")
+        path = repository() / "notebooks" / f"{notebook}.ipynb"
+        in_batch = "DTLIB_NOTEBOOK" in os.environ
+        self.hash = notebook_hash(path) if in_batch or path.exists() else None  # None: your own
 
     def remembered(self, name: str, measure: Callable, runs: Iterable = ()) -> pd.DataFrame:
         """The table of ``measure()``, index 0, 1, …, kept in the cache until something changes.

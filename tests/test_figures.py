@@ -484,8 +484,11 @@ def test_words_and_paragraphs(capsys):
 def test_playing_never_overwrites_results(repository, tmp_path, monkeypatch):
     assert figures.Output("laptop", "00_first").folder == repository / "figures/mine/00_first"
     monkeypatch.chdir(repository / "notebooks")
-    with pytest.raises(UserError, match=r"There is no notebook .*99_none\.ipynb"):
-        figures.Output("laptop", "99_none")
+    assert figures.Output("laptop", "99_own").hash is None  # a notebook of the reader's, anywhere
+    with monkeypatch.context() as batch:
+        batch.setenv("DTLIB_NOTEBOOK", "99_none")
+        with pytest.raises(UserError, match=r"There is no notebook .*99_none\.ipynb"):
+            figures.Output("laptop", "99_none")
     assert figures.Output("full", "00_first").folder == repository / "figures/mine/00_first"
     monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path / "batch"))
     assert figures.Output("full", "00_first").folder == tmp_path / "batch/full/00_first"
