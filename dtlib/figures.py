@@ -152,24 +152,31 @@ def _beyond(ax: plt.Axes, y: float, values: pd.Series, shown: tuple, name: str) 
     """
     mean, low, high = t_interval(values)
     ends = (mean, mean) if np.isnan(low) else (low, high)
-    outside = not shown[0] <= mean <= shown[1]
-    heads = {4: (shown[0], ends[0] < shown[0]), 5: (shown[1], ends[1] > shown[1])}
-    for caret, (x, leaves) in heads.items():
-        fill = {} if outside else {"markerfacecolor": "white"}
+    sides = {4: (shown[0], ends[0] < shown[0], mean < shown[0])}
+    sides[5] = (shown[1], ends[1] > shown[1], mean > shown[1])
+    for caret, (x, leaves, whole) in sides.items():
+        fill = {} if whole else {"markerfacecolor": "white"}
         if leaves:
             ax.plot(x, y, **look(name, marker=caret, clip_on=False, zorder=3) | fill)
-    if not any(leaves for _, leaves in heads.values()):
-        return
     far = [f"{value:.0f}" for value in values if not shown[0] <= value <= shown[1]]
-    words = f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")
-    words += f"; seeds: {', '.join(far)}" if 0 < len(far) < min(3, len(values)) else ""
+    words = []
+    if any(leaves for _, leaves, _ in sides.values()):
+        words += [f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")]
+    if 0 < len(far) < min(3, len(values)):
+        words += [f"seeds: {', '.join(far)}"]
+    elif not words and far:
+        words += [f"{len(far)} seeds outside"]
+    if not words:
+        return
+    outside = not shown[0] <= mean <= shown[1]
     left = mean < sum(shown) / 2
     free = outside and not values.between(*shown).any()  # nothing is drawn where the words stand
     free &= ends[1] < shown[0] or ends[0] > shown[1]
     place = {"ha": "left" if left else "right", "va": "center" if free else "bottom"}
     place["xytext"] = (10 if left else -10, 0 if free else 4)
     style = {"fontsize": 8, "color": look(name)["color"], "textcoords": "offset points"}
-    ax.annotate(words.replace("-", "−"), (shown[0] if left else shown[1], y), **place, **style)
+    text = "; ".join(words).replace("-", "−")
+    ax.annotate(text, (shown[0] if left else shown[1], y), **place, **style)
 
 
 def zero(ax: plt.Axes) -> None:
