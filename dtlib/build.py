@@ -39,6 +39,7 @@ def build(config: RunConfig, device: str) -> Parts:
     model = build_model(config.initialisation, config.size, task, config.seed, **options)
     further_loss = losses.add_language(config, model, device)
     optimiser = train.make_optimiser(model, config.learning_rate)
+    # The same windows for every run: seed 0, not the run's.
     rows = draw(stream_seed(0, "action error"), sampler.number_of_steps, VALIDATION_WINDOWS)
     parts = Parts(task, trajectories, sampler, model, optimiser, further_loss, rows.to(device))
     if config.data_fraction < 1:

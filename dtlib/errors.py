@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""The exceptions that users see, and the checks of values that raise them."""
 
 import contextlib
 import dataclasses

@@ -62,7 +62,10 @@ class DecisionTransformer(nn.Module):
         return self.predict_action(hidden)
 
     def act(self, *window: Tensor) -> Tensor:
-        """Like ``forward(*window)[:, -1]`` (B, A), without the last block's other tokens."""
+        """Like ``forward(*window)[:, -1]`` (B, A) for windows without padding, but faster.
+
+        The last block computes the last token alone.
+        """
         return self.predict_action(self.hidden(self.embed(*window)[:, :-1], LAST)[:, 0])
 
     def predict_action(self, hidden: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ class DecisionTransformer(nn.Module):
 
         Attention is causal, so padding on the right needs no mask. The layers are transformers'.
         They are put together here to make dropout cheap and to skip unwanted tokens in the last
-        block.
+        block, after its attention (in ``act``, in its attention, too).
         """
         at_input = self.config.embd_pdrop if self.training else 0.0
         inside = self.config.resid_pdrop if self.training else 0.0

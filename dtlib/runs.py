@@ -51,9 +51,9 @@ class Run:
 
     @property
     def stands_still(self) -> bool:
-        """Whether the last epoch changed no prediction: every action is ±1, the gradient 0."""
-        *_, before, last = [None, *(row["action_error"] for row in self.metrics)]
-        return before == last
+        """Whether the last epoch left the action error as it was, in every digit."""
+        errors = [row["action_error"] for row in self.metrics]
+        return len(errors) > 1 and errors[-1] == errors[-2]
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation (S,) float32 that standardise the model's states."""
@@ -74,7 +74,7 @@ class Run:
             if storage.digest(path) != known[path.name]:
                 raise ValueError("its checksum is another one")
         model = self._empty_model(self.record["backbone"])
-        if self.record["donor"] is not None:
+        if self.record["donor"] is not None:  # its block has its own heads and activation
             swap_block(model, self._empty_model(self.record["donor"]), self.config.swapped_block)
         load_checkpoint(model, path)
         return model.eval()
@@ -92,16 +92,16 @@ def fine_tuned(
     every run resumable from its last finished epoch. Raises UserError if the device is absent, the
     data cannot be loaded, a training diverges, or a finished run learnt from other data.
     """
-    prints, folders, missing = {}, {}, []
+    fingerprints, folders, missing = {}, {}, []
     for config in dict.fromkeys(configs):
         records.fetch_weights(config)  # names depend on them, and on data that are downloaded
-        data = config.task, config.dataset, config.dataset_steps, config.delayed_rewards
-        if data not in prints:
-            prints[data] = load_data(config).fingerprint
+        source = config.task, config.dataset, config.dataset_steps, config.delayed_rewards
+        if source not in fingerprints:
+            fingerprints[source] = load_data(config).fingerprint
         folders[config] = folder = records.run_folder(config)
         if not folder.exists():
             missing.append(config)
-        elif Run.open(folder).record["data"]["fingerprint"] != prints[data]:
+        elif Run.open(folder).record["data"]["fingerprint"] != fingerprints[source]:
             what = f"The run in {folder} learnt from other data than {config.dataset!r} has now"
             raise UserError(f"{what}: bring the old data back, or move that folder away.")
     steps = sum(config.epochs * config.steps_per_epoch for config in missing)
@@ -110,8 +110,9 @@ def fine_tuned(
     runs = [Run.open(folders[config]) for config in configs]
     if still := [run.path.name for run in runs if run.stands_still]:
         print(
-            f"{len(still)} of {len(runs)} runs stand still: every action is ±1 and the gradient 0. "
-            f"Try a lower learning_rate or action_head=separate. First: {still[0]}."
+            f"{len(still)} of {len(runs)} runs stand still: the last epoch changed no prediction, "
+            "as if every action were ±1 and the gradient 0. Try a lower learning_rate or "
+            f"action_head=separate. First: {still[0]}."
         )
     return runs
 
@@ -129,7 +130,7 @@ def fine_tune(
     with storage.growing(final) as folder:
         if folder is None:
             on_steps(config.epochs * config.steps_per_epoch)
-        # If the record is written and the state is gone, only the rename is missing.
+        # Otherwise the record is written and the state is gone: only the rename is missing.
         elif not (folder / "run.json").exists() or (folder / "resume.safetensors").exists():
             with one_thread(device), torch.random.fork_rng(cards):
                 train_run(config, folder, device, on_steps)

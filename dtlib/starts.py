@@ -92,15 +92,15 @@ def pretrained_name(kind: str, tokens: str) -> str:
 
 
 def pretrained_size(kind: str | None, size: str) -> str:
-    """Return ``size``, except that ImageGPT has its own size beside GPT-2."""
+    """Return ``size``; for image models "gpt2" means ImageGPT's own size."""
     return "imagegpt" if kind == "image" and size == "gpt2" else size
 
 
 def pretrained_folder(kind: str, size: str, seed: int, tokens: str = "") -> Path:
     """Return the folder of a model pre-trained here: this machine's own or a shipped one.
 
-    Of n such models, seed s takes number s mod n; one that was trained otherwise than the first is
-    none of them. Raises UserError if there is none.
+    Of n such models, seed s takes number s mod n. Only models with the training settings of the
+    first one count. Raises UserError if there is none.
     """
     found = {}
     for root in (cache_root() / "starting_points", SHIPPED):  # the shipped ones replace others
@@ -118,7 +118,7 @@ def pretrained_folder(kind: str, size: str, seed: int, tokens: str = "") -> Path
 
 
 def recipe(record: dict) -> dict:
-    """Return what models of several seeds have in common, of a training.json."""
+    """Return the settings in a training.json that the models of several seeds must share."""
     return record.get("config", {}) | {"seed": 0, "precision": ""}
 
 
@@ -129,8 +129,10 @@ def weights_folder(point: StartingPoint, size: str, seed: int) -> Path | None:
         return pretrained_folder(point.pretrained, size, seed, point.tokens)
     if point.wheel:
         return causal.unpacked(causal.wheel_folder(point.wheel))
-    if point.hub is None or typed(point.hub).is_dir():
-        return point.hub and typed(point.hub)
+    if point.hub is None:
+        return None
+    if typed(point.hub).is_dir():
+        return typed(point.hub)
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "*.safetensors", "tokenizer.json"]
@@ -165,7 +167,7 @@ def build_model(
 
     The same seed gives the same model. ``size`` applies to random weights and to models pre-trained
     here. ``dropout``: residual, attention, embedding. ``time_embedding_std`` is 1 in [code]: the
-    time embedding is then as large as the tokens it is added to, which short runs cannot undo.
+    time embedding is then as large as the tokens it is added to; short runs do not recover.
     ``donor``: a starting point whose block ``swapped_block`` replaces this one's (paper A, 5.6.1).
     ``reset_heads``: heads of block 0 to draw anew. Raises UserError for wrong names and files.
     """

@@ -11,7 +11,7 @@ import numpy as np
 
 from dtlib.errors import UserError
 
-# MUJOCO_GL names what draws. Its import can fail; gymnasium does that when something is drawn.
+# Without a renderer, which MUJOCO_GL names and which may be missing: gymnasium imports it to draw.
 with patch.dict(os.environ, MUJOCO_GL="disable"):
     import mujoco
 

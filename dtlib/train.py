@@ -55,8 +55,8 @@ def learning_rate_at(
     return peak * min(warm, 1.0) * left
 
 
-def gradient_norm(model: nn.Module, largest: float | None) -> Tensor:
-    """Return the gradient's norm, and scale the gradient down to ``largest`` (None: leave it)."""
+def clip_gradient(model: nn.Module, largest: float | None) -> Tensor:
+    """Scale the gradient down to the norm ``largest`` (None: leave it); return its norm before."""
     if largest is not None:
         return nn.utils.clip_grad_norm_(model.parameters(), largest)
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -113,7 +113,7 @@ def train_epoch(
             loss = loss + further
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norms.append(gradient_norm(model, gradient_clip))
+        norms.append(clip_gradient(model, gradient_clip))
         for group in optimiser.param_groups:
             group["lr"] = rate(step)
         optimiser.step()
