@@ -134,7 +134,7 @@ def dots(
                 bar.by_logarithm = np.clip(np.exp(logarithms), *within)
             note(ax, *("ticks: seeds", BARS)[: max(0, len(values) - 1)])  # bars need three
             if shown and len(values):
-                _beyond(ax, at, values, shown, name)
+                _beyond(ax, at, values, shown, name, alone=table.shape[1] == 1)
     fit_bars(ax)
     if shown:
         ax.set_xlim(shown)
@@ -145,10 +145,13 @@ def dots(
     ax.tick_params(axis="y", length=0)
 
 
-def _beyond(ax: plt.Axes, y: float, values: pd.Series, shown: tuple, name: str) -> None:
+def _beyond(
+    ax: plt.Axes, y: float, values: pd.Series, shown: tuple, name: str, alone: bool
+) -> None:
     """Mark where mean and interval of ``values`` leave the axis ``shown``; write their numbers.
 
-    A filled arrowhead: the mean lies there. A hollow one: only the bar reaches there.
+    A filled arrowhead: the mean lies there. A hollow one: only the bar reaches there. The numbers
+    name their start, if it is not ``alone`` in its row.
     """
     mean, low, high = t_interval(values)
     ends = (mean, mean) if np.isnan(low) else (low, high)
@@ -158,6 +161,7 @@ def _beyond(ax: plt.Axes, y: float, values: pd.Series, shown: tuple, name: str) 
         fill = {} if whole else {"markerfacecolor": "white"}
         if leaves:
             ax.plot(x, y, **look(name, marker=caret, clip_on=False, zorder=3) | fill)
+            note(ax, "arrowhead: the bar goes on; filled: the mean lies there, too")
     far = [f"{value:.0f}" for value in values if not shown[0] <= value <= shown[1]]
     words = []
     if any(leaves for _, leaves, _ in sides.values()):
@@ -174,8 +178,9 @@ def _beyond(ax: plt.Axes, y: float, values: pd.Series, shown: tuple, name: str) 
     free &= ends[1] < shown[0] or ends[0] > shown[1]
     place = {"ha": "left" if left else "right", "va": "center" if free else "bottom"}
     place["xytext"] = (10 if left else -10, 0 if free else 4)
-    style = {"fontsize": 8, "color": look(name)["color"], "textcoords": "offset points"}
+    style = {"fontsize": 8, "color": "0.2", "textcoords": "offset points"}
     text = "; ".join(words).replace("-", "−")
+    text = text if alone else f"{name}: {text}"
     ax.annotate(text, (shown[0] if left else shown[1], y), **place, **style)
 
 
