@@ -2,7 +2,7 @@
 
 Read the core in this order: tasks, data, model, config, starts, build, train, evaluate, runs. One
 idea runs through it: values (config) become objects (build), objects give numbers (train,
-evaluate), and numbers go to disk (runs). Each step happens once.
+evaluate), and numbers go to disk (runs).
 
 Shapes in docstrings and comments use these letters::
 

@@ -54,7 +54,7 @@ class RunConfig(Checked):
     dropout: Annotated[tuple[Probability, Probability, Probability], Lax] = (0.2, 0.1, 0.1)
     time_embedding_std: NotNegative = 1.0  # see starts.build_model
     precision: Literal["float32", "bfloat16"] = "float32"
-    target_return: Float32 | None = None  # None: the task's first target
+    target_return: Float32 | None = None  # None becomes the task's first target (own_values)
     evaluation_episodes: Count = 100
     checkpoints: Annotated[tuple[Whole, ...], Lax] = ()  # epochs kept beside the first and the last
     donor: str | None = None  # starting point that gives the block ``swapped_block``

@@ -76,7 +76,10 @@ class Checked:
     """Values of a config. Raises UserError for a wrong name, type or value."""
 
     def own_values(self) -> dict[str, object]:
-        """Return what None and "" stand for. Raises UserError where values do not fit together."""
+        """Return what None and "" stand for; ``_check`` puts it in their place.
+
+        Raises UserError where values do not fit together.
+        """
         return {}
 
     @model_validator(mode="wrap")

@@ -46,7 +46,7 @@ class DecisionTransformer(nn.Module):
         self.embed_ln = nn.LayerNorm(width)
         self.head = None
         if action_head == "separate":
-            with torch.random.fork_rng(devices=[]):  # leaves other weights as they are
+            with torch.random.fork_rng(devices=[]):  # other weights stay; see starts.build_model
                 self.head = nn.Linear(width, task.action_dim)
 
     def forward(

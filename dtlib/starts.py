@@ -54,7 +54,7 @@ STARTING_POINTS = {
     "image-native": StartingPoint(pretrained="image", architecture="imagegpt"),
     "markov": StartingPoint(pretrained="markov"),
     "iid": StartingPoint(pretrained="iid"),
-    # Of the language model's tensors only the scale, or only the singular values, remain.
+    # Of its blocks' tensors only the entries, or only the singular values, remain; ln_f stays.
     "language-shuffled": StartingPoint(pretrained="language", scramble="shuffled"),
     "language-rotated": StartingPoint(pretrained="language", scramble="rotated"),
     # SmolLM2-135M-Instruct; its control: "random-matched" at size "smollm2".
