@@ -167,7 +167,7 @@ def _beyond(
     if any(leaves for _, leaves, _ in sides.values()):
         words += [f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")]
     if 0 < len(far) < min(3, len(values)):
-        words += [f"seeds: {', '.join(far)}"]
+        words += [f"seeds at {', '.join(far)}" if len(far) > 1 else f"one seed at {far[0]}"]
     elif not words and far:
         words += [f"{len(far)} seeds outside"]
     if not words:
