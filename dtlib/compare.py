@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dtlib.errors import explained
+from dtlib.errors import UserError, explained
 from dtlib.storage import digest
 
 KEY = ["notebook", "task", "claim", "rule", "measure"]
@@ -50,7 +50,7 @@ def committed(path: Path) -> str | None:
 def compare(folder: Path) -> str:
     """Say how the verdicts in ``folder`` (figures/<profile>) differ from the committed ones.
 
-    Notebooks that only one of the two has are left out.
+    Notebooks that only one of the two has are left out; single verdicts are counted.
     """
     ours, theirs = [], []
     for path in sorted(folder.glob("*/results.json")):
@@ -59,7 +59,10 @@ def compare(folder: Path) -> str:
             ours.append(read_verdicts(path))
     if not (sum(map(len, theirs)) and sum(map(len, ours))):
         return f"{folder}: no verdicts of the last commit to compare with."
-    both = pd.concat(ours).join(pd.concat(theirs).add_suffix(" committed"), how="inner")
+    here, there = pd.concat(ours), pd.concat(theirs)
+    if here.index.has_duplicates:
+        raise UserError(f"{folder} has a verdict twice: run its notebooks again.")
+    both = here.join(there.add_suffix(" committed"), how="inner")
     changed = both[both.verdict != both["verdict committed"]]
     half = (both["high committed"] - both["low committed"]) / 2
     shift = ((both.effect - both["effect committed"]).abs() / half).fillna(0)
@@ -67,6 +70,9 @@ def compare(folder: Path) -> str:
         f"{folder}: {len(both) - len(changed)} of {len(both)} verdicts are the committed ones. The "
         f"largest difference of an effect is {shift.max():.2g} of its half-interval."
     ]
+    for whose, some in ("only here", here), ("only committed", there):
+        if alone := len(some) - len(both):
+            lines.append(f"  {alone} {whose}, because claims or rules differ or are absent.")
     for (notebook, task, claim, _, measure), row in changed.iterrows():
         lines.append(f"  {notebook}, {task}, {measure}: {claim}")
         for whose, end in (("committed", " committed"), ("here", "")):

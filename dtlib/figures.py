@@ -406,6 +406,14 @@ def notebook_hash(path: Path) -> str:
         return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
 
 
+def plain(name: object) -> str:
+    """Return ``name``. Raises UserError if it could lead to another folder than its own."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,79}", name):
+        what = f"{name!r} is no name of a notebook, figure or table"
+        raise UserError(f"{what}: take up to 80 letters, digits, _, - and dots, without a path.")
+    return name
+
+
 class Output:
     """A notebook's folder of results; ``overrides``: settings that differ from the profile's."""
 
@@ -420,19 +428,20 @@ class Output:
         if (os.environ.get("DTLIB_VALUES") or self.values) != self.values:
             raise UserError(f"Profile {profile} changed since the batch began: run it again.")
         top = Path(figures, profile) if figures else repository() / "figures" / "mine"
-        self.profile, self.folder = profile, top / notebook
+        self.profile, self.folder = profile, top / plain(notebook)
         self.overrides = json.loads(chosen or "{}") | (overrides or {})
-        # Now, before hours of training, in which somebody may edit the notebook.
+        # Now, before hours of training, in which somebody may edit the notebook. Only a batch knows
+        # which notebook runs; of another one the results are never a profile's.
         path = repository() / "notebooks" / f"{notebook}.ipynb"
-        in_batch = "DTLIB_NOTEBOOK" in os.environ
-        self.hash = notebook_hash(path) if in_batch or path.exists() else None  # None: your own
+        self.hash = notebook_hash(path) if "DTLIB_NOTEBOOK" in os.environ else None
 
     def remembered(self, name: str, measure: Callable, runs: Iterable = ()) -> pd.DataFrame:
         """The table of ``measure()``, index 0, 1, …, kept in the cache until something changes.
 
         That is: a cell executed so far, dtlib's files, a profile's values, a library, one of the
         ``runs`` measured, or one in a dictionary of the notebook: its record tells of all else.
-        Outside a notebook, where nothing says what a cell was, it is measured each time.
+        Outside a notebook, where nothing says what a cell was, it is measured each time. Changes in
+        modules of your own, which a cell imports, are not seen: give such a measure another name.
         """
         space = getattr(get_ipython(), "user_ns", {})
         cells = space.get("In", time.time_ns())
@@ -461,7 +470,7 @@ class Output:
         """Write png (200 dpi), pdf and csv (the numbers shown), always the same bytes; show it."""
         box = framed(figure, dpi=200)
         for suffix, metadata in (("png", None), ("pdf", {"CreationDate": None})):
-            with atomic_write(self.folder / f"{name}.{suffix}") as path:
+            with atomic_write(self.folder / f"{plain(name)}.{suffix}") as path:
                 figure.savefig(path, format=suffix, dpi=200, metadata=metadata, bbox_inches=box)
         self.table(name, table)
         plt.close(figure)  # a notebook would draw it once more
@@ -471,7 +480,9 @@ class Output:
 
     def table(self, name: str, table: pd.DataFrame) -> None:
         """Write a csv for numbers that are better read than seen."""
-        write_text(self.folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        write_text(
+            self.folder / f"{plain(name)}.csv", table.to_csv(index=False, lineterminator="\n")
+        )
 
     def record(self, results: dict) -> None:
         """Write results.json: ``results`` (NaN as null), where they come from, and a checksum."""

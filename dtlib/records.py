@@ -140,5 +140,5 @@ def read_record(folder: Path) -> tuple[RunConfig, dict]:
     with explained(f"{folder} is of another version of dtlib", "open it with that one", UserError):
         config = RunConfig(**values)
     if (name := config.name(found)) != folder.name:
-        raise UserError(f"{folder} is a renamed or copied {name}: name it so, or remove it.")
+        raise UserError(f"{folder} is a renamed or copied {name}: name it so, or move it away.")
     return config, record

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dtlib.errors import UserError, explained, reading, refused
 
 REFUSED = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
+REFUSED += (errno.ENOTDIR,)  # a file stands where a folder belongs
 SEAL = "sha256.json"  # in a folder made here: the SHA-256 of its other files
 
 
@@ -255,6 +256,8 @@ def growing(final: Path, remake: bool = False) -> Iterator[Path | None]:
 
 
 def _made(final: Path) -> bool:
+    if final.is_symlink() and not final.exists():
+        raise UserError(f"{final} is a link that leads nowhere: mend it, or move it away.")
     return final.exists() and not (final.is_dir() and not any(final.iterdir()))
 
 

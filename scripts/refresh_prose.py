@@ -13,7 +13,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from dtlib.batch import with_links
+from dtlib.batch import read_notebook, with_links
+from dtlib.errors import UserError
 from dtlib.storage import repository, write_text
 
 INJECTED = ["injected-parameters"]  # papermill's cell: a copy has it, a notebook does not
@@ -46,8 +47,12 @@ def main() -> None:
     """Refresh all copies; print the folder of each that changed or was left alone."""
     home = repository() / "notebooks"
     for path in sorted((repository() / "figures").rglob("executed.ipynb")):
-        copy = nbformat.read(path, as_version=4)
-        today = nbformat.read(home / f"{path.parent.name}.ipynb", as_version=4)
+        try:
+            copy = read_notebook(path)
+            today = read_notebook(home / f"{path.parent.name}.ipynb")
+        except UserError as error:
+            print(f"{path.parent}: left alone. {error}")
+            continue
         before = path.read_text(encoding="utf-8")
         where = path.parent.relative_to(repository())
         if not refreshed(copy, today, home, path.parent):

@@ -33,6 +33,13 @@ def test_changed_verdicts_are_named_with_both_effects(tmp_path):
     assert "here: undecided, -1.000 [-2.000, 0.000]" in said
     path.write_text(results(-1.0, "undecided", low=None, high=None))  # from two seeds
     assert "here: undecided, -1.000\n" in compare(path.parents[1]) + "\n"
+    path.write_text(results(2.0, "supported").replace("Blocks", "All blocks"))
+    said = compare(path.parents[1])
+    assert "0 of 0" in said and "1 only here" in said and "1 only committed" in said
+    twice = json.loads(results(2.0, "supported"))
+    path.write_text(json.dumps({"verdicts": twice["verdicts"] * 2}))
+    with pytest.raises(UserError, match="has a verdict twice"):
+        compare(path.parents[1])
     path.write_text(results(-1.0, "undecided")[:-9])
     with pytest.raises(UserError, match=f"{path} is damaged"):
         compare(path.parents[1])

@@ -416,6 +416,7 @@ def test_saving_twice_gives_the_same_bytes(repository, tmp_path, monkeypatch):
 def test_record_keeps_every_digit_and_says_where_it_comes_from(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path))
     monkeypatch.setenv("DTLIB_OVERRIDES", '{"seeds": [0], "epochs": 5}')
+    monkeypatch.setenv("DTLIB_NOTEBOOK", "00_first")
     figures.Output("smoke", "00_first", {"epochs": 2}).record({"b": {"score": 1 / 3}, "a": np.inf})
     text = (tmp_path / "smoke" / "00_first" / "results.json").read_text()
     results = json.loads(text)
@@ -439,7 +440,8 @@ def test_record_tells_of_the_profiles_values_and_of_edits(repository, monkeypatc
         figures.Output("smoke", "00_first")
 
 
-def test_record_names_the_notebook_as_it_was_at_the_start(repository):
+def test_record_names_the_notebook_as_it_was_at_the_start(repository, monkeypatch):
+    monkeypatch.setenv("DTLIB_NOTEBOOK", "00_first")
     output = figures.Output("smoke", "00_first")
     before = figures.notebook_hash(repository / "notebooks" / "00_first.ipynb")
     after = figures.notebook_hash(write_notebook(repository / "notebooks", "edited while it ran"))
@@ -577,3 +579,17 @@ def test_random_bits_are_remembered_exactly(repository, tmp_path, monkeypatch):
         theirs, ours = table[name].to_numpy(), found[name].to_numpy()
         assert (np.isnan(theirs) == np.isnan(ours)).all()
         assert theirs[~np.isnan(theirs)].tobytes() == ours[~np.isnan(theirs)].tobytes()
+
+
+def test_names_stay_in_their_folder(repository):
+    for name in ("../x", "/tmp/x", "", ".", "..", "a/b", "x" * 300, "\0", None, 3):
+        with pytest.raises(UserError, match="is no name of a notebook, figure or table"):
+            figures.Output("laptop", name)
+        with pytest.raises(UserError, match="without a path"):
+            figures.Output("laptop", "00_first").table(name, pd.DataFrame())
+
+
+def test_results_of_a_notebook_outside_a_batch_have_no_hash(repository):
+    output = figures.Output("laptop", "00_first")
+    output.record({})
+    assert json.loads((output.folder / "results.json").read_text())["notebook"] is None

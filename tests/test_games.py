@@ -166,6 +166,11 @@ def test_what_is_written_is_loaded_and_has_dopamines_layout(tmp_path):
             "object in rows.*expected int32",
         ),  # a pickle, which is not opened
         (lambda files, put: put(terminal=np.zeros(18, np.uint8)), "no whole episode"),
+        (lambda files, put: put(terminal=np.full(18, 7, np.uint8)), "terminals other than 0 and 1"),
+        (
+            lambda files, put: put(observation=np.zeros((84, 84, 18), np.uint8).T),
+            "is in Fortran's order",
+        ),
         (
             lambda files, put: put(action=np.full(18, 7, np.int32)),
             "actions from 7 to 7, but pong those from 0 to 5",
@@ -400,6 +405,10 @@ def test_optimiser_decays_matrices_alone():
         (dict(epoch=1), "Parameter epoch"),
         (dict(initialisation="nonsense"), "nonsense"),
         (dict(batch_size=0), "Parameter batch_size=0"),
+        (dict(target_return=1e308), "Parameter target_return=1e"),
+        (dict(data_checkpoints=()), r"data_checkpoints is \(\)"),
+        (dict(data_checkpoints=(0, 0)), r"data_checkpoints is \(0, 0\)"),
+        (dict(data_checkpoints=(-1,)), r"data_checkpoints is \(-1,\)"),
     ],
 )
 def test_wrong_parameters_are_named(wrong, sentence):

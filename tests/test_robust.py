@@ -550,6 +550,12 @@ def test_what_cannot_be_read_now_is_kept(own_cache, folder, tmp_path, monkeypatc
     assert (folder / "model.safetensors").exists()
 
 
+def test_a_link_that_leads_nowhere_is_no_place_for_a_folder(tmp_path):
+    (tmp_path / "astray").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="astray is a link that leads nowhere"):
+        storage.growing(tmp_path / "astray").__enter__()
+
+
 def umask():
     mask = os.umask(0)
     os.umask(mask)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dtlib import storage
 from dtlib.build import draw
-from dtlib.config import SIZES, VALUES, Count, Lax, Positive, Whole
+from dtlib.config import SIZES, VALUES, Count, Float32, Lax, Positive, Whole
 from dtlib.data import Trajectories, Windows
 from dtlib.devices import choose_device
 from dtlib.errors import Checked, UserError
@@ -50,7 +50,7 @@ class GameConfig(Checked):
     seed: Whole = 0
     context: Count | None = None  # K; None here and in the next two: the game's own
     batch_size: Count | None = None
-    target_return: float | None = None
+    target_return: Float32 | None = None
     epochs: Count = 5
     steps_per_epoch: Count | None = None  # None: as many as see the data once
     learning_rate: Positive = 6e-4
@@ -61,6 +61,9 @@ class GameConfig(Checked):
     def own_values(self) -> dict[str, object]:
         """Return the game's own values. Raises UserError for an unknown start."""
         get_starting_point(self.initialisation)
+        chosen = self.data_checkpoints
+        if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+            raise UserError(f"data_checkpoints is {chosen}: expected different numbers from 0 up.")
         game = GAMES[self.game]
         own = {"context": game.context, "batch_size": game.batch_size}
         return own | {"target_return": game.target}

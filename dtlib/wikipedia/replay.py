@@ -81,8 +81,10 @@ def _read_checkpoint(folder: Path, checkpoint: int, limit: int | None) -> list[n
         raise UserError(f"{folder}: different lengths, {totals}; get all files of one checkpoint.")
     added, _ = _read(folder, f"add_count_ckpt.{checkpoint}.gz")
     total = totals.popitem()[1]
-    if added.size != 1 or added.dtype.kind not in "iu" or total < 1:
+    if added.size != 1 or added.dtype.kind not in "iu" or added.item() < 0 or total < 1:
         raise UserError(f"{folder}: checkpoint {checkpoint} says not how full it is: get it anew.")
+    if not np.isin(columns["$store$_terminal"], (0, 1)).all():
+        raise UserError(f"{folder}: terminals other than 0 and 1; get DQN-replay's own files.")
     filled = added.item() % total or None
     return [column[:filled] for column in columns.values()]
 
@@ -95,12 +97,14 @@ def _read(
     what, advice = f"{folder / name} is not a whole array", "get a game's replay_logs anew"
     with explained(what, advice, *kinds), gzip.open(folder / name) as file:
         np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
         total, *row = shape or (1,)
         if expected and (dtype, tuple(row)) != expected:
             found = f"{folder / name} holds {dtype} in rows of shape {tuple(row)}"
             right = f"expected {np.dtype(expected[0])} and {expected[1]}"
             raise UserError(f"{found}, {right}: get DQN-replay's own file.")
+        if by_columns and row:
+            raise UserError(f"{folder / name} is in Fortran's order: save it in C's, row by row.")
         rows = min(total, limit or total)
         content = file.read(rows * math.prod(row) * dtype.itemsize)
         return np.frombuffer(content, dtype).reshape(rows, *row), total
