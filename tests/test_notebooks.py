@@ -85,7 +85,8 @@ def run_here(name, settings, folder):
     """Execute a notebook's cells in this process, which has imported everything."""
     (job,) = batch.plan(repository() / "notebooks", "smoke", [name], settings)
     pretrain_all(profiles.to_be_pretrained("smoke", job.values))
-    with in_this_process(folder) as scope:
+    as_batch = patch.dict(os.environ, DTLIB_NOTEBOOK=job.path.stem)
+    with as_batch, in_this_process(folder) as scope:
         for cell in code_cells(job.path):
             exec(compile("".join(cell["source"]), job.path.name, "exec"), scope)
             if "parameters" in cell["metadata"].get("tags", []):
