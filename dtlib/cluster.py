@@ -170,9 +170,10 @@ def run_all(job: Callable, items: list, description: str) -> list:
                 time.sleep(0.2)
                 states = [future.status for future in futures]
                 bar.update(len(items) - states.count("pending") - bar.n)
-                with contextlib.suppress(OSError):  # the scheduler is gone: the states say so soon
-                    busy = sum(map(bool, client.processing().values()))
-                    bar.set_postfix_str(f"{busy} running, {states.count('error')} failed")
+                if client.status == "running":
+                    with contextlib.suppress(OSError):  # it has just died: the states say so soon
+                        busy = sum(map(bool, client.processing().values()))
+                        bar.set_postfix_str(f"{busy} running, {states.count('error')} failed")
         list(cache_root().glob("*/*"))  # a network disk may remember what was absent before
         return _results(dict(zip(names, futures, strict=True)))
 

@@ -154,34 +154,38 @@ def _beyond(
     name their start, if it is not ``alone`` in its row.
     """
     mean, low, high = t_interval(values)
-    ends = (mean, mean) if np.isnan(low) else (low, high)
-    sides = {4: (shown[0], ends[0] < shown[0], mean < shown[0])}
-    sides[5] = (shown[1], ends[1] > shown[1], mean > shown[1])
-    for caret, (x, leaves, whole) in sides.items():
+    low, high = (mean, mean) if np.isnan(low) else (low, high)
+    left_of, right_of = (low < shown[0], mean < shown[0]), (high > shown[1], mean > shown[1])
+    for caret, x, (leaves, whole) in ((4, shown[0], left_of), (5, shown[1], right_of)):
         fill = {} if whole else {"markerfacecolor": "white"}
         if leaves:
             ax.plot(x, y, **look(name, marker=caret, clip_on=False, zorder=3) | fill)
             note(ax, "arrowhead: the bar goes on; filled: the mean lies there, too")
-    far = [f"{value:.0f}" for value in values if not shown[0] <= value <= shown[1]]
-    words = []
-    if any(leaves for _, leaves, _ in sides.values()):
-        words += [f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")]
-    if 0 < len(far) < min(3, len(values)):
-        words += [f"seeds at {', '.join(far)}" if len(far) > 1 else f"one seed at {far[0]}"]
-    elif not words and far:
-        words += [f"{len(far)} seeds outside"]
-    if not words:
+    text = _numbers(values, shown, bar=left_of[0] or right_of[0])
+    if not text:
         return
-    outside = not shown[0] <= mean <= shown[1]
     left = mean < sum(shown) / 2
-    free = outside and not values.between(*shown).any()  # nothing is drawn where the words stand
-    free &= ends[1] < shown[0] or ends[0] > shown[1]
+    # Nothing is drawn where the words stand.
+    free = not values.between(*shown).any() and (high < shown[0] or low > shown[1])
     place = {"ha": "left" if left else "right", "va": "center" if free else "bottom"}
     place["xytext"] = (10 if left else -10, 0 if free else 4)
     style = {"fontsize": 8, "color": "0.2", "textcoords": "offset points"}
-    text = "; ".join(words).replace("-", "−")
     text = text if alone else f"{name}: {text}"
     ax.annotate(text, (shown[0] if left else shown[1], y), **place, **style)
+
+
+def _numbers(values: pd.Series, shown: tuple, bar: bool) -> str:
+    """Mean and interval, if the ``bar`` leaves the axis, and the seeds that lie outside."""
+    mean, low, high = t_interval(values)
+    far = [f"{value:.0f}" for value in values if not shown[0] <= value <= shown[1]]
+    words = []
+    if bar:
+        words += [f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")]
+    if 0 < len(far) < min(3, len(values)):
+        words += [f"seeds at {', '.join(far)}" if len(far) > 1 else f"one seed at {far[0]}"]
+    elif far and not bar:
+        words += [f"{len(far)} seeds outside"]
+    return "; ".join(words).replace("-", "−")
 
 
 def zero(ax: plt.Axes) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from dtlib.errors import UserError, explained, reading, refused
 
-REFUSED = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM
-REFUSED += (errno.ENOTDIR,)  # a file stands where a folder belongs
+FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT
+REFUSED = *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR
 SEAL = "sha256.json"  # in a folder made here: the SHA-256 of its other files
 
 

@@ -59,7 +59,7 @@ class GameConfig(Checked):
     horizon: Count = HORIZON  # steps after which a game in evaluation is cut
 
     def own_values(self) -> dict[str, object]:
-        """Return the game's own values. Raises UserError for an unknown start."""
+        """Return the game's own values. Raises UserError for an unknown start, odd checkpoints."""
         get_starting_point(self.initialisation)
         chosen = self.data_checkpoints
         if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):

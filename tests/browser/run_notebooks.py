@@ -25,7 +25,7 @@ from dtlib import batch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/browser"
-MINUTES = 5  # for one notebook; each takes less than half a minute
+MINUTES = 5  # for one notebook; with nothing trained yet each takes 20 to 75 seconds
 SHORTEST = 0.5  # seconds between two looks
 STDERR = '[data-mime-type="application/vnd.jupyter.stderr"]'  # of errors, too
 PROMPTS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
