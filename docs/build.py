@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from plotly.offline import get_plotlyjs
 
 from dtlib import profiles
-from dtlib.compare import read_results
+from dtlib.compare import other_settings, read_results
 
 ROOT = Path(__file__).parents[1]
 DOCS, PAGES, BOOK = ROOT / "docs", ROOT / "build/pages", ROOT / "build/book"
@@ -137,9 +137,8 @@ def with_results(page: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = outputs.get((cell.id, cell.source), [])
             cells += finish(cell, kept.parent, found.get("verdicts", []))
-    if found and (found.get("profile") != profile or found.get("overrides")):
-        where = f"profile {found.get('profile')}, {found.get('overrides')}"
-        text = f"These results were made with other settings than those of `{profile}`: {where}."
+    if found and (other := other_settings(results)):
+        text = f"These results were made with other settings than those of `{profile}`: {other}."
         cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{warning}}\n{text}\n:::"))
     if stale:
         missing = "No results of this notebook are kept for"

@@ -96,8 +96,9 @@ def figures(
 @app.command()
 def compare(profile: str = "laptop", figures: str = "") -> None:
     """Compare the verdicts in FIGURES/PROFILE with the committed ones."""
-    from dtlib import compare, storage
+    from dtlib import compare, profiles, storage
 
+    profiles.load_profile(profile)  # an unknown one is said
     folder = (storage.typed(figures) if figures else storage.repository() / "figures") / profile
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: give a profile that was run into FIGURES.")

@@ -3,6 +3,7 @@
 Joblib's backend for Dask does not say which run is at work, and ends all with the first error.
 """
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -30,9 +31,11 @@ INSTALL = "`pip install -e '.[cluster]'` here and on them"
 with explained("Work on other machines needs Dask", INSTALL, ImportError):
     import dask
     from distributed import Client
+    from distributed.comm import connect
     from distributed.scheduler import KilledWorker
 
 AGAIN = "give the same command again: finished runs and epochs are kept"
+PATIENCE = 10  # seconds for the scheduler to answer
 TRIES = 20  # workers that a run may lose; it goes on from its last epoch with each
 
 
@@ -76,8 +79,15 @@ def _slurm_jobs(text: str) -> object:
 def _client(scheduler: str) -> Client:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # run_all says what is wrong
     advice = "start one with `dask scheduler`, which prints its address, as tcp://10.0.0.1:8786"
-    with explained(f"No Dask scheduler answers at {scheduler!r}", advice, OSError, ValueError):
-        return Client(scheduler, timeout=10, set_as_default=False)
+    kinds = OSError, ValueError, MemoryError  # what else listens there may answer with anything
+    with explained(f"No Dask scheduler answers at {scheduler!r}", advice, *kinds):
+        asyncio.run(_greet(scheduler))  # a Client that fails would take another 20 s to end
+        return Client(scheduler, timeout=PATIENCE, set_as_default=False)
+
+
+async def _greet(scheduler: str) -> None:
+    comm = await connect(scheduler, timeout=PATIENCE)
+    await comm.close()
 
 
 @functools.cache  # a worker keeps the code that it loaded, whatever is edited afterwards

@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from dtlib.errors import UserError, explained
-from dtlib.storage import digest
+from dtlib.figures import notebook_hash
+from dtlib.profiles import values_digest
+from dtlib.storage import digest, repository
 
 KEY = ["notebook", "task", "claim", "rule", "measure"]
 NUMBERS = ["effect", "low", "high"]
@@ -22,13 +24,32 @@ def read_results(path: Path, text: str | None = None) -> dict:
     kinds = OSError, ValueError, TypeError, AttributeError, KeyError
     with explained(f"{path} is damaged", "run its notebook again", *kinds):
         results = json.loads(path.read_text(encoding="utf-8") if text is None else text)
-        code = results.pop("checksum", None)  # older files have none
-        if code not in (None, digest(results)):
+        code, older = results.pop("checksum", None), "profile_values" not in results
+        if code != digest(results) and not (code is None and older):
             raise ValueError("it was edited")
         for row in results.get("verdicts", []):
             numbers = {key: np.nan if row[key] is None else float(row[key]) for key in NUMBERS}
             row |= numbers | {key: row[key] for key in (*KEY[1:], "verdict")}
     return results
+
+
+def other_settings(path: Path) -> str:
+    """Say which settings a results.json in PROFILE/NOTEBOOK has that its profile has not."""
+    results = read_results(path)
+    if results.get("profile") == path.parts[-3] and not results.get("overrides"):
+        return ""
+    return f"run with profile {results.get('profile')}, {results.get('overrides')}"
+
+
+def refusal(path: Path) -> str:
+    """Say why the results.json in PROFILE/NOTEBOOK does not count as today's; empty if it does."""
+    if other := other_settings(path):
+        return other
+    profile, name, _ = path.parts[-3:]
+    notebook = repository() / "notebooks" / f"{name}.ipynb"
+    today = {"profile_values": values_digest(profile), "notebook": notebook_hash(notebook)}
+    same = today.items() <= read_results(path).items()
+    return "" if same else "the notebook or the profile changed since"
 
 
 def read_verdicts(path: Path, text: str | None = None) -> pd.DataFrame:

@@ -127,7 +127,8 @@ def dots(
             if not np.allclose(exact, (mean, low, high), equal_nan=True):
                 note(ax, "bars are cut where the quantity ends")
             small = look(name, marker="|", markersize=7, alpha=0.6)
-            ax.plot(values.clip(*shown or within), [at] * len(values), **small)
+            inside = values[values.between(*shown)] if shown else values.clip(*within)
+            ax.plot(inside, [at] * len(inside), **small)
             bar = ax.errorbar(mean, at, xerr=[[mean - low], [high - mean]], **look(name))
             if len(values):
                 logarithms = t_interval(np.log(values.where(values > 0)))
@@ -150,8 +151,8 @@ def _beyond(
 ) -> None:
     """Mark where mean and interval of ``values`` leave the axis ``shown``; write their numbers.
 
-    A filled arrowhead: the mean lies there. A hollow one: only the bar reaches there. The numbers
-    name their start, if it is not ``alone`` in its row.
+    A filled arrowhead: the mean lies there. A hollow one: only the bar reaches there. Where a start
+    is not ``alone`` in its row, its numbers have its colour, and one line.
     """
     mean, low, high = t_interval(values)
     low, high = (mean, mean) if np.isnan(low) else (low, high)
@@ -160,7 +161,8 @@ def _beyond(
         fill = {} if whole else {"markerfacecolor": "white"}
         if leaves:
             ax.plot(x, y, **look(name, marker=caret, clip_on=False, zorder=3) | fill)
-            note(ax, "arrowhead: the bar goes on; filled: the mean lies there, too")
+            words = "filled arrowhead: bar and mean lie there"
+            note(ax, words if whole else "hollow arrowhead: the bar goes on")
     text = _numbers(values, shown, bar=left_of[0] or right_of[0])
     if not text:
         return
@@ -169,23 +171,27 @@ def _beyond(
     free = not values.between(*shown).any() and (high < shown[0] or low > shown[1])
     place = {"ha": "left" if left else "right", "va": "center" if free else "bottom"}
     place["xytext"] = (10 if left else -10, 0 if free else 4)
-    style = {"fontsize": 8, "color": "0.2", "textcoords": "offset points"}
-    text = text if alone else f"{name}: {text}"
+    style = {"fontsize": 8, "color": "0.2", "textcoords": "offset points", "linespacing": 1}
+    style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.9}
+    if free or not alone:
+        text = text.replace("]\n", "]; ").replace("\n", " ")
+    if not alone:
+        style["color"] = look(name)["color"]
     ax.annotate(text, (shown[0] if left else shown[1], y), **place, **style)
 
 
 def _numbers(values: pd.Series, shown: tuple, bar: bool) -> str:
-    """Mean and interval, if the ``bar`` leaves the axis, and the seeds that lie outside."""
+    """Mean and interval, if the ``bar`` leaves the axis, and the seeds outside it, in two lines."""
     mean, low, high = t_interval(values)
     far = [f"{value:.0f}" for value in values if not shown[0] <= value <= shown[1]]
-    words = []
-    if bar:
-        words += [f"{mean:.0f}" + ("" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]")]
+    words, interval = [], "" if np.isnan(low) else f"[{low:.0f}, {high:.0f}]"
     if 0 < len(far) < min(3, len(values)):
-        words += [f"seeds at {', '.join(far)}" if len(far) > 1 else f"one seed at {far[0]}"]
+        words = [f"seeds at {', '.join(far)}" if len(far) > 1 else f"one seed at {far[0]}"]
     elif far and not bar:
-        words += [f"{len(far)} seeds outside"]
-    return "; ".join(words).replace("-", "−")
+        words = [f"{len(far)} seeds outside"]
+    if bar:
+        words = [f"{mean:.0f} {interval}".strip(), *words] if words else [f"{mean:.0f}", interval]
+    return "\n".join(filter(None, words)).replace("-", "−")
 
 
 def zero(ax: plt.Axes) -> None:

@@ -1,9 +1,9 @@
 """Runs on Dask's workers: what is checked before, what fails, and what is said of it."""
 
 import contextlib
-import functools
 import os
 import signal
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -90,10 +90,19 @@ def test_a_scheduler_that_goes_is_said(monkeypatch):
 
 
 def test_no_scheduler_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(cluster, "Client", functools.partial(cluster.Client, timeout=1))
-    for text in ("tcp://127.0.0.1:9", "nonsense:"):
-        with pytest.raises(UserError, match="No Dask scheduler answers at"):
-            cluster.connected(text).__enter__()
+    monkeypatch.setattr(cluster, "PATIENCE", 1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"220 mail " * 9)).start()
+        for text in (
+            "tcp://127.0.0.1:9",
+            f"tcp://127.0.0.1:{port}",
+            "nonsense:",
+            "far",
+            "ftp://a:1",
+        ):
+            with pytest.raises(UserError, match="No Dask scheduler answers at"):
+                cluster.connected(text).__enter__()
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match="expected JSON with jobs and arguments of SLURMCluster"):
         cluster.connected("", "{jobs: 3}").__enter__()

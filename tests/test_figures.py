@@ -180,7 +180,9 @@ def test_a_bar_that_leaves_the_axis_says_its_numbers():
     table = pd.DataFrame({"random": [-400.0, -300, -200], "markov": [1.0, 2.0, 3.0]})
     figures.dots(ax, {"first": table, "second": table[["markov"]]}, shown=(-10, 10))
     assert ax.get_xlim() == (-10, 10)
-    assert [text.get_text() for text in ax.texts] == ["random: −300 [−548, −52]"]
+    (words,) = ax.texts
+    assert words.get_text() == "−300 [−548, −52]"
+    assert words.get_color() == figures.look("random")["color"]  # two starts share the row
     figures.dots(ax, {"first": table[["random"]][:1]}, shown=(-10, 10))  # one seed: no interval
     assert ax.texts[-1].get_text() == "−400"
     plt.close(figure)

@@ -212,7 +212,7 @@ def test_is_committed_clean_and_short(path):
         assert not cell["outputs"] and cell["execution_count"] is None
         limit = 40 if "parameters" in cell["metadata"].get("tags", []) else 25
         if any(tag.startswith("figure-") for tag in cell["metadata"].get("tags", [])):
-            limit = 10  # how a figure is drawn stands in a function
+            limit = 8  # how a figure is drawn stands in a function
         assert len(lines) <= limit, "\n".join(lines)
         assert all(len(line) <= 100 for line in lines), "\n".join(lines)
 
