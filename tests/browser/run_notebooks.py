@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -25,7 +27,7 @@ from dtlib import batch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/browser"
-MINUTES = 5  # for one notebook; with nothing trained yet each takes 20 to 75 seconds
+MINUTES = 5  # for one notebook; with nothing trained yet each takes 20 to 90 seconds
 SHORTEST = 0.5  # seconds between two looks
 STDERR = '[data-mime-type="application/vnd.jupyter.stderr"]'  # of errors, too
 PROMPTS = """() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')]
@@ -142,7 +144,8 @@ def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]
     name, found, began, answers = path.stem, [], time.monotonic(), [0.0]
     page.on("pageerror", lambda error: found.append(f"{name}: {error}"))
     page.on("console", lambda m: m.type == "error" and found.append(f"{name}: console: {m.text}"))
-    page.goto(f"{address}/lab/tree/{path.relative_to(ROOT)}?reset", wait_until="load")
+    place = f"lab/workspaces/{name}/tree/{path.relative_to(ROOT)}"  # pages share no workspace
+    page.goto(f"{address}/{place}?reset", wait_until="load")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
     if not wait_until(lambda: kernel_waits(address, path.relative_to(ROOT)), 120):
         found.append(f"{name}: its kernel did not start within two minutes")
@@ -170,6 +173,20 @@ def check(page: Page, address: str, path: Path, shots: Path | None) -> list[str]
     return found
 
 
+def check_all(address: str, paths: Iterator[Path], shots: Path | None) -> list[str]:
+    """Return what is wrong with the notebooks of ``paths``, one after another in one browser."""
+    wrong = []
+    with sync_playwright() as playwright:
+        chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for path in paths:
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            wrong += check(page, address, path, shots)
+            page.close()
+        browser.close()
+    return wrong
+
+
 def main() -> None:
     """Run the notebooks that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -178,17 +195,13 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.shots:
         asked.shots.mkdir(parents=True, exist_ok=True)
-    copies, wrong = prepare(asked.notebooks), []
+    copies = prepare(asked.notebooks)
     lab, address = start_lab()
     try:
-        with sync_playwright() as playwright:
-            chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            for path in copies:
-                page = browser.new_page(viewport={"width": 1280, "height": 900})
-                wrong += check(page, address, path, asked.shots)
-                page.close()
-            browser.close()
+        with ThreadPoolExecutor() as two:  # each takes the next notebook when it is free
+            shared = iter(copies)
+            halves = [two.submit(check_all, address, shared, asked.shots) for _ in range(2)]
+        wrong = [words for half in halves for words in half.result()]
     finally:
         lab.terminate()
     print(
