@@ -117,9 +117,8 @@ def ran(page: Page) -> bool:
 
 
 def failed(page: Page) -> bool:
-    """Return whether a cell ended with an error and none is at work or waits."""
-    said = page.locator(STDERR).all_inner_texts()
-    return any("Traceback" in text for text in said) and "*" not in "".join(page.evaluate(PROMPTS))
+    """Return whether some cells were not executed and none is at work or waits."""
+    return not ran(page) and "*" not in "".join(page.evaluate(PROMPTS))
 
 
 def kernel_waits(address: str, path: Path) -> bool:
