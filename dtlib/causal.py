@@ -1,12 +1,18 @@
-"""Any causal language model of transformers as the blocks, through its own forward pass."""
+"""Any causal language model of transformers as the blocks, through its own forward pass.
+
+CLIP's two towers, too; the one for images gets a causal mask that it did not have.
+"""
 
 import importlib.util
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto as auto
 
 from dtlib.errors import UserError, explained
@@ -28,6 +34,13 @@ SMOLLM2 = {
     "rope_theta": 100_000.0,
     "max_position_embeddings": 8192,
 }
+# The shapes of CLIP's towers, for the same; openai/clip-vit-base-patch32 has them.
+CLIP_TEXT = {"model_type": "clip_text_model", "num_hidden_layers": 12}
+CLIP_TEXT |= {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+CLIP_VISION = {"model_type": "clip_vision_model", "num_hidden_layers": 12}
+CLIP_VISION |= {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+SHAPES = {"smollm2": SMOLLM2, "clip-text": CLIP_TEXT, "clip-vision": CLIP_VISION}
+TOWERS = {shape["model_type"] for shape in (CLIP_TEXT, CLIP_VISION)}
 # Where libraries keep a model's blocks and its final norm.
 BLOCKS, FINAL_NORM = ("layers", "h"), ("norm", "final_layer_norm", "ln_f")
 
@@ -44,7 +57,8 @@ class CausalTransformer(DecisionTransformer):
         self.config = backbone
         with _said(f"A {backbone.model_type!r} config.json"):
             self.add_embeddings(task, backbone.hidden_size, action_head)
-            self.body = AutoModel.from_config(backbone)
+            body = AutoModel.from_config(backbone)
+            self.body = Tower(body) if backbone.model_type in TOWERS else body
 
     @property
     def h(self) -> nn.ModuleList:
@@ -62,13 +76,49 @@ class CausalTransformer(DecisionTransformer):
         return output.last_hidden_state[:, wanted]
 
 
+class Tower(nn.Module):
+    """One of CLIP's towers, causally masked: its blocks and its last norm, without embeddings.
+
+    The vision tower looks both ways in CLIP; its first norm belongs to its embeddings.
+    """
+
+    def __init__(self, whole: nn.Module):
+        super().__init__()
+        self.config, self.encoder = whole.config, whole.encoder
+        self.norm = getattr(whole, "final_layer_norm", None) or whole.post_layernorm
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks."""
+        return self.encoder.layers
+
+    def forward(self, inputs_embeds: Tensor, use_cache: bool = False) -> BaseModelOutput:
+        """Apply blocks and norm to inputs_embeds (B, T, D)."""
+        mask = create_causal_mask(self.config, inputs_embeds, None, past_key_values=None)
+        output = self.encoder(inputs_embeds, mask, is_causal=True)
+        return BaseModelOutput(last_hidden_state=self.norm(output.last_hidden_state))
+
+
+def shape_of(values: dict, tower: str) -> dict:
+    """Return the configuration of the blocks in ``values``, of which CLIP has two: see ``tower``.
+
+    Raises UserError if there is no such tower.
+    """
+    if values["model_type"] != "clip":
+        return values
+    with explained("config.json", "give a whole CLIP folder", KeyError, TypeError):
+        return {**values[f"{tower}_config"], "model_type": f"clip_{tower}_model"}
+
+
 def causal_config(values: dict) -> PretrainedConfig:
     """Return a configuration with the smallest word table. Raises UserError if not causal."""
     kind = values.get("model_type")
-    if kind not in CAUSAL:
+    if kind not in CAUSAL | TOWERS:
         what = f"config.json: a {kind!r:.60} model is no causal language model of transformers"
         raise UserError(f"{what}: give one that predicts the next token, such as Llama.")
     words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    if kind in TOWERS:
+        words |= {"max_position_embeddings": 1, "image_size": 1, "patch_size": 1}
     kept = {key: values[key] for key in values.keys() - {"model_type", "quantization_config"}}
     with _said(f"A {kind!r} config.json"):
         return AutoConfig.for_model(kind, **kept | words | {"use_cache": False})
@@ -121,6 +171,8 @@ def load_body(model: CausalTransformer, folder: Path) -> None:
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
         what = f"{folder}: {odd[0]} is {tensors[odd[0]].dtype}, quantised"
         raise UserError(f"{what}: give floating-point weights.")
+    if isinstance(model.body, Tower):
+        return _load_tower(model.body, tensors, folder)
     with _said(folder):
         options = {"config": AutoConfig.from_pretrained(folder), "state_dict": tensors}
         options |= {"dtype": torch.float32, "output_loading_info": True}
@@ -129,9 +181,27 @@ def load_body(model: CausalTransformer, folder: Path) -> None:
     wrong = [*report["missing_keys"], *report["mismatched_keys"], *(found.keys() ^ wanted.keys())]
     wrong += [name for name, tensor in found.items() if not tensor.isfinite().all()]
     if wrong:
-        what = f"{folder} does not fit its architecture in {len(wrong)} tensors, first {wrong[0]}"
-        raise UserError(f"{what}: use weights that belong to its config.")
+        raise _misfit(folder, wrong)
     model.body.load_state_dict(found, strict=False)
+
+
+def _load_tower(body: Tower, tensors: dict[str, Tensor], folder: Path) -> None:
+    prefix = body.config.model_type.removeprefix("clip_") + "."  # "text_model.", with both towers
+    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)} or tensors
+    own = {re.sub("^(final_layer_|post_layer)norm", "norm", n): t for n, t in own.items()}
+    wanted = body.state_dict()
+    found = {n: t for n, t in own.items() if n.startswith(("encoder.", "norm."))}
+    wrong = [*(found.keys() ^ wanted.keys())]
+    wrong += [n for n in found.keys() & wanted.keys() if found[n].shape != wanted[n].shape]
+    wrong += [n for n, tensor in found.items() if not tensor.isfinite().all()]
+    if wrong:
+        raise _misfit(folder, wrong)
+    body.load_state_dict(found)
+
+
+def _misfit(folder: Path, wrong: list[str]) -> UserError:
+    what = f"{folder} does not fit its architecture in {len(wrong)} tensors, first {wrong[0]}"
+    return UserError(f"{what}: use weights that belong to its config.")
 
 
 def _without_words(body: nn.Module) -> dict[str, Tensor]:

@@ -26,7 +26,9 @@ SIZES = {
     "small": (6, 384, 6),
     "gpt2": (12, 768, 12),
     "imagegpt": (24, 512, 8),
-    "smollm2": (30, 576, 9),  # of Llama's architecture: see causal.py
+    "smollm2": (30, 576, 9),  # of Llama's architecture: see causal.py, for the next two as well
+    "clip-text": (12, 512, 8),
+    "clip-vision": (12, 768, 12),
 }
 # Fields of earlier versions. No run changed them; an old run.json may hold these values.
 RETIRED = {"compile": False, "adam_epsilon": 1e-8, "weight_decay": 1e-4}

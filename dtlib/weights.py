@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from dtlib.causal import SMOLLM2
+from dtlib.causal import SHAPES, shape_of
 from dtlib.config import SIZES
 from dtlib.errors import UserError, explained, problem, reading
 from dtlib.model import ARCHITECTURES, DecisionTransformer
@@ -89,12 +89,12 @@ def read_config(folder: Path) -> dict:
 
 def backbone(point: object, size: str, folder: Path | None, dropout: tuple) -> dict:
     """Return the configuration of a starting point's blocks, with the smallest word tables."""
-    if folder is None and size == "smollm2":
+    if folder is None and size in SHAPES:
         if point.heads is not None:
-            raise UserError("Size 'smollm2' has its own heads: take 'random-matched'.")
-        return SMOLLM2
+            raise UserError(f"Size {size!r} has its own heads: take 'random-matched'.")
+        return SHAPES[size]
     if point.architecture == "causal":
-        return read_any_config(folder)
+        return shape_of(read_any_config(folder), point.tower)
     values = dict(zip(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout, strict=True))
     values |= {"model_type": point.architecture, "use_cache": False}
     # ImageGPT's causal mask takes its size from n_positions.

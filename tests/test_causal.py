@@ -1,11 +1,14 @@
 """Causal language models of transformers as blocks: equal to the library's own forward pass."""
 
 import json
+import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel
 from transformers.models.gemma import GemmaConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.llama import LlamaConfig
@@ -15,7 +18,7 @@ from dtlib import causal
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
 from dtlib.runs import fine_tune
-from dtlib.starts import build_model
+from dtlib.starts import STARTING_POINTS, build_model
 from dtlib.tasks import get_task
 
 HOPPER = get_task("hopper")
@@ -153,3 +156,90 @@ def test_a_truncated_gguf_file_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     with pytest.raises(UserError, match=r"model\.gguf holds no causal language model"):
         causal.unpacked(tmp_path)
+
+
+PART = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+PART |= {"num_attention_heads": 4}
+CLIP = CLIPConfig(
+    text_config=PART | {"vocab_size": 24, "max_position_embeddings": 8, "eos_token_id": 23},
+    vision_config=PART | {"image_size": 8, "patch_size": 4},
+)
+
+
+@pytest.fixture(scope="module", params=["text", "vision"])
+def tower(request, tmp_path_factory):
+    """The name of a tower, and a folder with a tiny random CLIP, saved by transformers."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    CLIPModel(CLIP).save_pretrained(folder)
+    return request.param, folder
+
+
+@pytest.fixture
+def of_tower(tower, monkeypatch):
+    """The Decision Transformer with that tower, by the name that the table has."""
+    name, folder = tower
+    start = STARTING_POINTS[f"clip-{name}"]
+    monkeypatch.setitem(STARTING_POINTS, f"clip-{name}", replace(start, hub=str(folder)))
+    return build(f"clip-{name}")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_a_tower_equals_the_librarys_own(tower, of_tower, dtype, tolerance):
+    """The text tower's forward pass, on words at position 0; the vision tower's with a mask."""
+    name, folder = tower
+    ours, theirs = of_tower.to(dtype), CLIPModel.from_pretrained(folder).eval().to(dtype)
+    if name == "text":
+        words = theirs.text_model.embeddings
+        words.position_embedding.weight.data.zero_()
+        tokens = words.token_embedding.weight[:8].expand(2, 8, 32)
+        expected = theirs.text_model(torch.arange(8).expand(2, 8)).last_hidden_state
+    else:
+        tokens = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        future = torch.full((8, 8), -torch.inf, dtype=dtype).triu(1).expand(2, 1, 8, 8)
+        expected = theirs.vision_model.encoder(tokens, future).last_hidden_state
+        expected = theirs.vision_model.post_layernorm(expected)
+    torch.testing.assert_close(ours.hidden(tokens), expected, rtol=0, atol=tolerance)
+
+
+def test_of_a_tower_every_tensor_is_loaded_and_right_padding_changes_nothing(tower, of_tower):
+    name, folder = tower
+    tensors = load_file(folder / "model.safetensors")
+    norm = {"text": "final_layer_norm", "vision": "post_layernorm"}[name]
+    for own, tensor in of_tower.body.state_dict().items():
+        stored = tensors.pop(f"{name}_model.{re.sub('^norm', norm, own)}")
+        assert torch.equal(tensor, stored), own
+    assert not [
+        n for n in tensors if n.startswith((f"{name}_model.encoder", f"{name}_model.{norm}"))
+    ]
+    tokens = torch.randn(2, 9, 32)
+    whole, part = of_tower.hidden(tokens), of_tower.hidden(tokens[:, :4])
+    torch.testing.assert_close(whole[:, :4], part, rtol=0, atol=1e-5)
+    assert len(of_tower.h) == 2 and of_tower.ln_f.weight.shape == (32,)
+
+
+def test_a_tower_is_trained_and_loaded(tower, of_tower, hopper_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("DTLIB_CACHE", str(tmp_path))
+    shape = {"context": 2, "epochs": 1, "steps_per_epoch": 2, "batch_size": 2}
+    about = {"initialisation": f"clip-{tower[0]}", "action_head": "separate", "dropout": NO_DROPOUT}
+    run = fine_tune(RunConfig(dataset=str(hopper_file), evaluation_episodes=1, **about, **shape))
+    for (name, was), given in zip(
+        run.load_model(0).named_parameters(), of_tower.parameters(), strict=True
+    ):
+        assert torch.equal(was, given), name
+    random = build_model("random-matched", f"clip-{tower[0]}", HOPPER, 0, NO_DROPOUT)
+    assert random.config.model_type == f"clip_{tower[0]}_model" and len(random.h) == 12
+
+
+def test_a_clip_folder_that_is_not_whole_is_one_sentence(tower, tmp_path):
+    name, folder = tower
+    shutil.copytree(folder, tmp_path / "clip")
+    config, tensors = tmp_path / "clip/config.json", load_file(folder / "model.safetensors")
+    last = "vision_model.post_layernorm.weight"
+    save_file({n: t for n, t in tensors.items() if n != last}, tmp_path / "clip/model.safetensors")
+    with pytest.raises(UserError, match="does not fit its architecture in 1 tensors, first norm"):
+        build(tmp_path / "clip")
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"vision_config": None}))
+    with pytest.raises(UserError, match="give a whole CLIP folder"):
+        build(tmp_path / "clip")
