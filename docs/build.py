@@ -140,6 +140,9 @@ def with_results(page: Path) -> nbformat.NotebookNode:
     if found and (other := other_settings(results)):
         text = f"These results were made with other settings than those of `{profile}`: {other}."
         cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{warning}}\n{text}\n:::"))
+    if kept.exists() and not results.exists():
+        text = "A run was interrupted here: some figures may be newer than the outputs below."
+        cells.insert(1, nbformat.v4.new_markdown_cell(f":::{{warning}}\n{text}\n:::"))
     if stale:
         missing = "No results of this notebook are kept for"
         if len(stale) < len(code):

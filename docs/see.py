@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.colors import to_hex
 
+from dtlib.compare import read_table
 from dtlib.figures import COLOURS
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ def read(pattern: str) -> pd.DataFrame:
     for path in sorted(FIGURES.glob(f"*/{pattern}")):
         profile = path.relative_to(FIGURES).parts[0]
         if profile not in ("smoke", "mine"):
-            tables.append(pd.read_csv(path).assign(profile=profile))
+            tables.append(read_table(path).assign(profile=profile))
     found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     return found.sort_values("profile", ascending=False, kind="stable") if tables else found
 

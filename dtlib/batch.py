@@ -13,6 +13,7 @@ import symtable
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy as copied
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -28,6 +29,7 @@ from dtlib import profiles, storage
 from dtlib.compare import compare
 from dtlib.config import RunConfig
 from dtlib.errors import UserError, explained
+from dtlib.figures import code_hash
 from dtlib.settings import fit, parse_settings
 from dtlib.storage import cache_root, write_text
 
@@ -39,6 +41,7 @@ class Job(NamedTuple):
     values: dict[str, object]
     chosen: dict[str, object]
     profile_values: str  # the profile's digest when this was planned
+    notebook: NotebookNode  # as it was then, whatever its file becomes meanwhile
 
 
 def read_notebook(path: Path) -> NotebookNode:
@@ -47,9 +50,9 @@ def read_notebook(path: Path) -> NotebookNode:
         return nbformat.read(path, as_version=4)
 
 
-def defaults(path: Path) -> dict[str, object]:
+def defaults(path: Path, notebook: NotebookNode | None = None) -> dict[str, object]:
     """Return names and values of a notebook's cell tagged "parameters". Raises UserError."""
-    cells = read_notebook(path).cells
+    cells = (notebook or read_notebook(path)).cells
     what = f"Notebook {path.stem} needs one cell tagged 'parameters'"
     with explained(what, "write lines like seeds = [0]", ValueError, SyntaxError, AttributeError):
         (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
@@ -86,7 +89,8 @@ def plan(folder: Path, profile: str, wanted: list | None, settings: dict | list)
     """
     own, trained = profiles.load_profile(profile), profiles.settings(profile)
     today = profiles.values_digest(profile)
-    notebooks = {path: defaults(path) for path in find(folder, wanted or own["only"])}
+    contents = {path: read_notebook(path) for path in find(folder, wanted or own["only"])}
+    notebooks = {path: defaults(path, contents[path]) for path in contents}
     known = {name: value for values in notebooks.values() for name, value in values.items()}
     known = (trained if "overrides" in known else {}) | known
     known.pop("profile", None)
@@ -101,13 +105,17 @@ def plan(folder: Path, profile: str, wanted: list | None, settings: dict | list)
     jobs, wishes = [], own["notebooks"] | settings | {"profile": profile}
     for path, values in notebooks.items():
         values |= {name: fit(name, wishes[name], values[name]) for name in wishes if name in values}
+        if empty := [name for name in ("seeds", "tasks") if values.get(name) == []]:
+            raise UserError(
+                f"Parameter {empty[0]} is empty: notebook {path.stem} needs one at least."
+            )
         if "overrides" in values:
             moved = {name: settings[name] for name in settings if name not in values}
             values["overrides"] |= {name: moved[name] for name in moved if name in trained}
             for arguments in (profiles.training, profiles.without_context):
                 arguments(profile, values["overrides"])  # checks them
         chosen = {name: values[name] for name in settings if name in values}
-        jobs.append(Job(path, values, chosen, today))
+        jobs.append(Job(path, values, chosen, today, contents[path]))
     return jobs
 
 
@@ -281,8 +289,8 @@ def commit_of(root: Path) -> str:
 def execute(job: Job, root: Path, folder: Path) -> None:
     """Execute a notebook with this interpreter in ``root``; write ``folder``/executed.ipynb.
 
-    Raises UserError if a cell fails; unfinished.ipynb then holds what was executed. Until the last
-    cell there is no results.json, so that old numbers never pass for those of new figures.
+    Raises UserError if a cell fails; unfinished.ipynb then holds what was executed. Nothing of the
+    user's own IPython is read: its startup files could change any number.
     """
     import papermill  # slow to import
 
@@ -298,12 +306,12 @@ def execute(job: Job, root: Path, folder: Path) -> None:
         about = {"DTLIB_FIGURES": str(folder.parents[1]), "DTLIB_OVERRIDES": json.dumps(job.chosen)}
         about |= {"DTLIB_CACHE": str(cache_root()), "JUPYTER_RUNTIME_DIR": home}
         about |= {"DTLIB_NOTEBOOK": name, "DTLIB_VALUES": job.profile_values}
+        about |= {"DTLIB_HASH": code_hash(job.notebook.cells), "IPYTHONDIR": home}
         about["OMP_NUM_THREADS"] = "1"  # no digit depends on the number of cores
         output = str(copy).replace("{", "{{").replace("}", "}}")
-        notebook = read_notebook(job.path)
         connection = {"connection_file": f"{home}/kernel.json"}  # else it survives kill -9
         settings["config"] = Config(KernelManager=connection)
-        (folder / "results.json").unlink(missing_ok=True)
+        notebook = copied(job.notebook)  # papermill writes into it
         try:
             with patch.dict(os.environ, about, JUPYTER_PATH=home):
                 papermill.execute_notebook(notebook, output, job.values, **settings)
@@ -334,8 +342,15 @@ def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
             cell.outputs = [_small(output) for output in cell.outputs if _is_shown(output)]
-    text = nbformat.writes(notebook).replace(str(cache_root()), "CACHE")
-    return nbformat.reads(text.replace(f"{root}/", ""), as_version=4)
+            for output in cell.outputs:
+                for texts in (output, output.get("data", {})):
+                    for kind in texts.keys() & {"text", "evalue", "text/plain", "text/html"}:
+                        texts[kind] = _placeless(texts[kind], root)
+    return notebook
+
+
+def _placeless(text: str, root: Path) -> str:
+    return text.replace(str(cache_root()), "CACHE").replace(f"{root}/", "")
 
 
 def with_links(text: str, before: Path, after: Path) -> str:

@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from dtlib.errors import UserError, explained
 from dtlib.model import ALL, DecisionTransformer
-from dtlib.storage import cache_root, digest, growing, seal, write_tensors, write_text
+from dtlib.storage import cache_root, digest, growing, memory, seal, write_tensors, write_text
 from dtlib.tasks import Task
 
 # BERT and others that see both sides are listed as causal too.
@@ -57,6 +57,7 @@ class CausalTransformer(DecisionTransformer):
         self.config = backbone
         with _said(f"A {backbone.model_type!r} config.json"):
             self.add_embeddings(task, backbone.hidden_size, action_head)
+            _check_memory(backbone)
             body = AutoModel.from_config(backbone)
             self.body = Tower(body) if backbone.model_type in TOWERS else body
 
@@ -74,6 +75,14 @@ class CausalTransformer(DecisionTransformer):
         """Apply the library's model: (B, T, D) → (B, W, D), W being the wanted tokens."""
         output = self.body(inputs_embeds=tokens, use_cache=False)
         return output.last_hidden_state[:, wanted]
+
+
+def _check_memory(backbone: PretrainedConfig) -> None:
+    with torch.device("meta"):
+        size = 4 * sum(p.numel() for p in AutoModel.from_config(backbone).parameters())
+    if size > memory():
+        room = f"{memory() / 1e9:.0f} GB of memory"
+        raise UserError(f"The blocks of this model, {size / 1e9:.0f} GB, do not fit in {room}.")
 
 
 class Tower(nn.Module):

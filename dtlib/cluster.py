@@ -25,7 +25,7 @@ from dtlib.errors import UserError, explained
 from dtlib.parallel import ADDRESS
 from dtlib.progress import tqdm
 from dtlib.records import run_folder
-from dtlib.storage import cache_root, code_digest, locked, temporary_name, versions
+from dtlib.storage import CODE, cache_root, locked, temporary_name, versions
 
 INSTALL = "`pip install -e '.[cluster]'` here and on them"
 with explained("Work on other machines needs Dask", INSTALL, ImportError):
@@ -93,7 +93,7 @@ async def _greet(scheduler: str) -> None:
 @functools.cache  # a worker keeps the code that it loaded, whatever is edited afterwards
 def about() -> dict[str, str]:
     """Return what must be the same on all workers, for their results to be of one kind."""
-    known = {"dtlib": code_digest(), "Python": platform.python_version(), **versions()}
+    known = {"dtlib": CODE, "Python": platform.python_version(), **versions()}
     return known | {"device": choose_device()}
 
 

@@ -1,5 +1,6 @@
 """This machine's verdicts beside the committed ones: another processor gives other last digits."""
 
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -31,6 +32,19 @@ def read_results(path: Path, text: str | None = None) -> dict:
             numbers = {key: np.nan if row[key] is None else float(row[key]) for key in NUMBERS}
             row |= numbers | {key: row[key] for key in (*KEY[1:], "verdict")}
     return results
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return a csv of figures/PROFILE/NOTEBOOK. Raises UserError if it is not as it was written.
+
+    The results.json beside it has its digest; older ones have none.
+    """
+    known = read_results(path.with_name("results.json")).get("tables", {})
+    with explained(f"{path} cannot be read", "run its notebook again", OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+        if known.get(path.stem, digest(text)) != digest(text):
+            raise ValueError("it was edited, or is of another run")
+        return pd.read_csv(io.StringIO(text))
 
 
 def other_settings(path: Path) -> str:
@@ -71,15 +85,20 @@ def committed(path: Path) -> str | None:
 def compare(folder: Path) -> str:
     """Say how the verdicts in ``folder`` (figures/<profile>) differ from the committed ones.
 
-    Notebooks that only one of the two has are left out; single verdicts are counted.
+    Notebooks that only one of the two has are left out, and named if they have other settings than
+    the profile's; single verdicts are counted.
     """
-    ours, theirs = [], []
+    ours, theirs, others = [], [], []
     for path in sorted(folder.glob("*/results.json")):
-        if (text := committed(path)) is not None:
-            theirs.append(read_verdicts(path, text))
-            ours.append(read_verdicts(path))
+        if (text := committed(path)) is None:
+            continue
+        if path.read_text(encoding="utf-8") != text and (other := other_settings(path)):
+            others.append(f"  Left out: {path.parent.name}, {other}.")
+            continue
+        theirs.append(read_verdicts(path, text))
+        ours.append(read_verdicts(path))
     if not (sum(map(len, theirs)) and sum(map(len, ours))):
-        return f"{folder}: no verdicts of the last commit to compare with."
+        return "\n".join([f"{folder}: no verdicts of the last commit to compare with.", *others])
     here, there = pd.concat(ours), pd.concat(theirs)
     if here.index.has_duplicates:
         raise UserError(f"{folder} has a verdict twice: run its notebooks again.")
@@ -91,6 +110,7 @@ def compare(folder: Path) -> str:
         f"{folder}: {len(both) - len(changed)} of {len(both)} verdicts are the committed ones. The "
         f"largest difference of an effect is {shift.max():.2g} of its half-interval."
     ]
+    lines += others
     for whose, some in ("only here", here), ("only committed", there):
         if alone := len(some) - len(both):
             lines.append(f"  {alone} {whose}, because claims or rules differ or are absent.")

@@ -20,7 +20,16 @@ from scipy import special
 from dtlib import profiles
 from dtlib.errors import UserError, explained
 from dtlib.layout import BARS, RoomyLog, fit_bars, framed, note
-from dtlib.storage import atomic_write, cache_root, digest, repository, versions, write_text
+from dtlib.storage import (
+    CODE,
+    atomic_write,
+    cache_root,
+    code_digest,
+    digest,
+    repository,
+    versions,
+    write_text,
+)
 from dtlib.tasks import Task
 
 # Colour, marker, line style of each starting point. Any two colours differ by ΔE >= 20 (CIE 1976)
@@ -407,13 +416,17 @@ def of_task(name: str, task: str, tasks: list[str]) -> str:
     return name if task == tasks[0] else f"{name}_{task}"
 
 
+def code_hash(cells: list[dict]) -> str:
+    """Hexadecimal SHA-256 over the sources of all code cells among a notebook's ``cells``."""
+    return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+
+
 def notebook_hash(path: Path) -> str:
-    """Hexadecimal SHA-256 over the sources of all code cells of a notebook."""
+    """Return ``code_hash`` of a notebook's file. Raises UserError for a file that is none."""
     if not path.is_file():
         raise UserError(f"There is no notebook {path}: give Output the name of one.")
     with explained(f"{path} is no whole notebook", "bring it back or move it away", Exception):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+        return code_hash(json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 
 def plain(name: object) -> str:
@@ -440,10 +453,9 @@ class Output:
         top = Path(figures, profile) if figures else repository() / "figures" / "mine"
         self.profile, self.folder = profile, top / plain(notebook)
         self.overrides = json.loads(chosen or "{}") | (overrides or {})
-        # Now, before hours of training, in which somebody may edit the notebook. Only a batch knows
-        # which notebook runs; of another one the results are never a profile's.
-        path = repository() / "notebooks" / f"{notebook}.ipynb"
-        self.hash = notebook_hash(path) if "DTLIB_NOTEBOOK" in os.environ else None
+        # Only a batch knows what runs; the results of another notebook are never a profile's.
+        self.hash = os.environ.get("DTLIB_HASH")
+        self.tables = {}  # the digest of each csv
 
     def remembered(self, name: str, measure: Callable, runs: Iterable = ()) -> pd.DataFrame:
         """The table of ``measure()``, index 0, 1, …, kept in the cache until something changes.
@@ -458,9 +470,9 @@ class Output:
         groups = [value.values() for value in space.values() if isinstance(value, dict)]
         records = [getattr(run, "record", None) for run in itertools.chain(runs, *groups)]
         records = [record for record in records if isinstance(record, dict)]
-        own = Path(__file__).parent
-        code = sorted([*own.rglob("*.py"), *filter(Path.is_file, own.glob("policies/**/*"))])
-        key = digest(cells, self.values, *code, records, versions(), pd.__version__)[:12]
+        policies = filter(Path.is_file, Path(__file__).parent.glob("policies/**/*"))
+        parts = cells, self.values, CODE, *sorted(policies), records, versions(), pd.__version__
+        key = digest(*parts)[:12]
         path = cache_root() / "measures" / self.profile / self.folder.name / f"{name}-{key}.json"
         try:
             content, code = json.loads(path.read_text(encoding="utf-8"))
@@ -470,14 +482,16 @@ class Output:
             table = measure()
             # JSON keeps every digit of a number, and tells 1 from "1" and None.
             content = json.dumps([table.to_dict("list"), table.dtypes.astype(str).to_dict()])
-            for old in path.parent.glob(f"{name}-*"):
-                old.unlink(missing_ok=True)
-            write_text(path, json.dumps([content, digest(content)]))
+            if code_digest() == CODE:  # else some of it may be newer than what was imported first
+                for old in path.parent.glob(f"{name}-*"):
+                    old.unlink(missing_ok=True)
+                write_text(path, json.dumps([content, digest(content)]))
         columns, types = json.loads(content)
         return pd.DataFrame({name: pd.Series(columns[name], dtype=types[name]) for name in types})
 
     def save(self, figure: plt.Figure, name: str, table: pd.DataFrame) -> None:
         """Write png (200 dpi), pdf and csv (the numbers shown), always the same bytes; show it."""
+        self._begin()
         box = framed(figure, dpi=200)
         for suffix, metadata in (("png", None), ("pdf", {"CreationDate": None})):
             with atomic_write(self.folder / f"{plain(name)}.{suffix}") as path:
@@ -490,14 +504,26 @@ class Output:
 
     def table(self, name: str, table: pd.DataFrame) -> None:
         """Write a csv for numbers that are better read than seen."""
-        write_text(
-            self.folder / f"{plain(name)}.csv", table.to_csv(index=False, lineterminator="\n")
-        )
+        self._begin()
+        text = table.to_csv(index=False, lineterminator="\n")
+        write_text(self.folder / f"{plain(name)}.csv", text)
+        self.tables[name] = digest(text)
+
+    def _begin(self) -> None:
+        """Before the first file is written, remove what tells where the older ones come from.
+
+        So they never pass for those of this run, if it is interrupted.
+        """
+        if not self.tables:
+            for name in ("results.json", "figures.json"):
+                (self.folder / name).unlink(missing_ok=True)
 
     def record(self, results: dict) -> None:
-        """Write results.json: ``results`` (NaN as null), where they come from, and a checksum."""
+        """Write results.json: ``results`` (NaN as null), where they come from, and checksums."""
+        self._begin()
         about = {"profile": self.profile, "overrides": self.overrides, "notebook": self.hash}
         results = {**results, **about, "profile_values": self.values, "versions": versions()}
+        results["tables"] = self.tables
         text = to_json(results, inf_nan_mode="null", fallback=lambda value: value.tolist())
         results = json.loads(text)
         ordered = json.dumps(results | {"checksum": digest(results)}, indent=1, sort_keys=True)

@@ -39,7 +39,7 @@ def run_all(
     one item, all happens in this process. Where DTLIB_SCHEDULER names a Dask scheduler, its workers
     do it on their devices. Raises UserError for an absent device and when a worker is killed.
     """
-    if items and ADDRESS in os.environ:
+    if items and os.environ.get(ADDRESS):
         from dtlib import cluster  # needs Dask
 
         return cluster.run_all(job, items, description)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dtlib.build import Parts
 from dtlib.config import RETIRED, RunConfig
 from dtlib.errors import UserError, explained
-from dtlib.pretraining.language import text_files
+from dtlib.pretraining.language import text_files, text_identity
 from dtlib.sources.files import data_files
 from dtlib.starts import get_starting_point, pretrained_size, weights_folder
 from dtlib.storage import cache_root, digest, sweep_cache, typed, write_text
@@ -99,6 +99,18 @@ def weights_digest(name: str, size: str, seed: int) -> str:
     return _digest_of([path for path in weights if path.is_file()])
 
 
+def check_source(config: RunConfig, record: dict, fingerprint: str, folder: Path) -> None:
+    """Raise UserError if a finished run learnt from other data or text than there are now."""
+    what, advice = f"The run in {folder} learnt from other", "back, or move that folder away"
+    if record["data"]["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{what} data than {config.dataset!r} has now: bring the old data {advice}."
+        )
+    then = record["data"].get("text")  # older records have none
+    if config.cotraining and then not in (None, text_identity(corpus := corpus_of(config))):
+        raise UserError(f"{what} text than {corpus!r} has now: bring the old versions {advice}.")
+
+
 def checkpoint_name(epoch: int) -> str:
     return f"epoch_{epoch:03d}.safetensors"
 
@@ -122,6 +134,8 @@ def write_record(
         "provenance": {"device": where, **how},
         "checkpoints": {name: digest(folder / name) for name in kept},
     }
+    if config.cotraining:
+        record["data"]["text"] = text_identity(corpus_of(config))
     write_text(folder / "run.json", {"checksum": digest(json.dumps(record)), **record})
 
 

@@ -101,13 +101,13 @@ def fine_tuned(
         folders[config] = folder = records.run_folder(config)
         if not folder.exists():
             missing.append(config)
-        elif Run.open(folder).record["data"]["fingerprint"] != fingerprints[source]:
-            what = f"The run in {folder} learnt from other data than {config.dataset!r} has now"
-            raise UserError(f"{what}: bring the old data back, or move that folder away.")
+        else:
+            records.check_source(config, Run.open(folder).record, fingerprints[source], folder)
     steps = sum(config.epochs * config.steps_per_epoch for config in missing)
     about = f"fine-tuning {len(missing)} runs"
     run_all(fine_tune, missing, steps, about, device, processes)
     runs = [Run.open(folders[config]) for config in configs]
+    _say_other_code(runs)
     if still := [run.path.name for run in runs if run.stands_still]:
         print(
             f"{len(still)} of {len(runs)} runs stand still: the last epoch changed no prediction, "
@@ -115,6 +115,23 @@ def fine_tuned(
             f"action_head=separate. First: {still[0]}."
         )
     return runs
+
+
+def _say_other_code(runs: list[Run]) -> None:
+    """Print one sentence if runs were trained by other code or libraries than today's."""
+    now, other = storage.versions() | {"dtlib": storage.CODE}, {}
+    for run in runs:
+        then = run.record["provenance"].get("versions", {})
+        changed = [
+            f"{name} {then[name]}, now {now[name]}" for name in then if then[name] != now[name]
+        ]
+        other |= {run.path.name: changed[0]} if changed else {}
+    if other:
+        name, changed = next(iter(other.items()))
+        print(
+            f"{len(other)} of {len(runs)} runs were trained by other code or libraries, first "
+            f"{name} ({changed}). To train them again, point DTLIB_CACHE to another folder."
+        )
 
 
 def fine_tune(

@@ -87,7 +87,7 @@ def get_starting_point(name: str) -> StartingPoint:
         return StartingPoint(hub=name, architecture=kind if kind in ARCHITECTURES else "causal")
     raise UserError(
         f"Unknown initialisation {name!r}: expected one of {', '.join(STARTING_POINTS)}, or a "
-        "folder with config.json and model.safetensors of GPT-2, ImageGPT, CLIP or a language model."
+        "folder with config.json and safetensors of GPT-2, ImageGPT, CLIP or a language model."
     )
 
 

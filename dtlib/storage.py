@@ -65,7 +65,7 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Return a digest of dtlib's own files, as they lie there now."""
+    """Return a digest of dtlib's own files, as they lie there now; ``CODE``: when imported."""
     return digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
 
 
@@ -90,6 +90,9 @@ def _file_digest(path: Path, changed: int, size: int) -> str:
     """Computed once for as long as a file keeps its time of change and its size."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+CODE = code_digest()  # of what this process runs, whatever is edited afterwards
 
 
 def _here() -> str:
@@ -246,6 +249,8 @@ def growing(final: Path, remake: bool = False) -> Iterator[Path | None]:
         if _made(final):
             yield None
             return
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file where a folder is to grow: move it away.")
         folder.mkdir(exist_ok=True)
         sweep(folder.glob(".writing-*"))
         yield folder
@@ -353,7 +358,7 @@ def resumable(
     1. After each, the state is saved. ``on_steps`` is told of the steps of an earlier process.
     Raises UserError if the training was begun on other data.
     """
-    state, now = folder / "resume.safetensors", versions() | {"dtlib": code_digest()}
+    state, now = folder / "resume.safetensors", versions() | {"dtlib": CODE}
     progress = load_state(state, model, optimiser, new.get("name")) or new | {"versions": now}
     if progress.get("fingerprint") != new.get("fingerprint"):
         advice = "bring the old data back, or move that folder away"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +21,7 @@ from PIL import Image
 from dtlib import batch, planning, profiles
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
+from dtlib.figures import notebook_hash
 from dtlib.pretraining import training as pretraining
 from dtlib.settings import parse_settings
 from dtlib.storage import cache_root, sweep
@@ -117,7 +119,6 @@ def test_the_profile_is_no_parameter(repository):
         ("seeds=[3, 4]", [3, 4]),
         ("seeds=(3, 4)", [3, 4]),
         ("seeds=3", [3]),
-        ("seeds=[]", []),
         ("tasks=hopper", ["hopper"]),
         ("tasks=hopper,walker2d", ["hopper", "walker2d"]),
         ("tasks=[hopper, walker2d]", ["hopper", "walker2d"]),
@@ -429,6 +430,51 @@ def test_a_run_uses_this_interpreter_from_the_root_with_typed_parameters(
     assert dict(os.environ) == before
 
 
+def test_a_notebook_edited_meanwhile_does_not_lend_its_hash(repository):
+    """What was planned is executed and named, whatever its file becomes."""
+    path = repository / "notebooks" / "00_first.ipynb"
+    write_notebook(path, "import os", "planned = os.environ['DTLIB_HASH']", "print(planned)")
+    (job,) = plan(repository, wanted=["00"])
+    before = notebook_hash(path)
+    write_notebook(path, "print('edited')")
+    folder = repository / "figures/laptop/00_first"
+    batch.execute(job, repository, folder)
+    executed = (folder / "executed.ipynb").read_text()
+    assert before in executed and "edited" not in executed and notebook_hash(path) != before
+
+
+def test_no_seed_and_no_task_are_refused(repository):
+    for name in ("seeds", "tasks"):
+        with pytest.raises(UserError, match=f"Parameter {name} is empty: notebook 00_first needs"):
+            plan(repository, wanted=["00"], settings=[f"{name}=[]"])
+
+
+def test_startup_files_of_the_users_ipython_are_not_read(repository, tmp_path, monkeypatch):
+    startup = tmp_path / "profile_default/startup/00.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("started = 1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    write_notebook(repository / "notebooks" / "00_first.ipynb", "assert 'started' not in dir()")
+    (job,) = plan(repository, wanted=["00"])
+    batch.execute(job, repository, repository / "figures/laptop/00_first")
+
+
+def test_a_short_path_of_the_cache_damages_no_picture(monkeypatch):
+    """Base64 holds slashes, too."""
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+    picture = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": "/d/x"}
+
+    def kept():
+        shown = nbformat.v4.new_output("display_data", dict(picture))
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[shown])])
+        return batch.to_read(notebook, Path("/w")).cells[0].outputs[0].data["image/png"]
+
+    before = kept()
+    monkeypatch.setenv("DTLIB_CACHE", "/" + before.split("/")[1][:2])  # it stands in the picture
+    assert kept() == before
+
+
 def test_a_failing_cell_stops_the_batch_and_is_named(repository):
     cells = ("before = 1", "\nresult = before / 0\nafter = 2")
     write_notebook(repository / "notebooks" / "00_first.ipynb", *cells)
@@ -441,7 +487,7 @@ def test_a_failing_cell_stops_the_batch_and_is_named(repository):
     reason = "ZeroDivisionError: division by zero"
     for part in ("00_first", "cell [4]", "(result = before / 0)", reason, str(executed)):
         assert part in str(caught.value)
-    assert executed.exists() and not earlier.exists()
+    assert executed.exists() and earlier.exists()  # nothing was written over its figures
     assert not (repository / "figures" / "laptop" / "01_second").exists()
 
 

@@ -13,7 +13,7 @@ def results(effect, verdict, **ends):
     about = {"task": "hopper", "claim": "Blocks move", "rule": "a − b", "measure": "corrected"}
     found = {"effect": effect, "low": effect - 1, "high": effect + 1, "verdict": verdict}
     found |= ends
-    return json.dumps({"verdicts": [about | found]})
+    return json.dumps({"profile": "laptop", "verdicts": [about | found]})
 
 
 def test_changed_verdicts_are_named_with_both_effects(tmp_path):
@@ -37,7 +37,7 @@ def test_changed_verdicts_are_named_with_both_effects(tmp_path):
     said = compare(path.parents[1])
     assert "0 of 0" in said and "1 only here" in said and "1 only committed" in said
     twice = json.loads(results(2.0, "supported"))
-    path.write_text(json.dumps({"verdicts": twice["verdicts"] * 2}))
+    path.write_text(json.dumps(twice | {"verdicts": twice["verdicts"] * 2}))
     with pytest.raises(UserError, match="has a verdict twice"):
         compare(path.parents[1])
     path.write_text(results(-1.0, "undecided")[:-9])
@@ -57,3 +57,15 @@ def test_without_git_there_is_nothing_to_compare_with(tmp_path, monkeypatch):
     (tmp_path / "03_x" / "results.json").write_text(results(2.0, "supported"))
     monkeypatch.setenv("PATH", "")
     assert "no verdicts" in compare(tmp_path)
+
+
+def test_results_of_other_settings_are_left_out_and_named(tmp_path):
+    """Copied from another profile's folder, say: their numbers are not this profile's."""
+    path = tmp_path / "figures/seeds/03_x/results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(results(2.0, "supported").replace("laptop", "seeds"))
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    path.write_text(results(3.0, "supported"))
+    assert "Left out: 03_x, run with profile laptop" in compare(path.parents[1])

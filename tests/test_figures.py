@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from dtlib import figures, layout, profiles
-from dtlib.compare import read_results
+from dtlib.compare import read_results, read_table
 from dtlib.errors import UserError
 from dtlib.tasks import get_task
 
@@ -419,13 +419,14 @@ def test_record_keeps_every_digit_and_says_where_it_comes_from(repository, tmp_p
     monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path))
     monkeypatch.setenv("DTLIB_OVERRIDES", '{"seeds": [0], "epochs": 5}')
     monkeypatch.setenv("DTLIB_NOTEBOOK", "00_first")
+    monkeypatch.setenv("DTLIB_HASH", "of what the batch runs")
     figures.Output("smoke", "00_first", {"epochs": 2}).record({"b": {"score": 1 / 3}, "a": np.inf})
     text = (tmp_path / "smoke" / "00_first" / "results.json").read_text()
     results = json.loads(text)
     assert results["b"]["score"] == 1 / 3 and results["a"] is None
     assert results["profile"] == "smoke" and results["overrides"] == {"seeds": [0], "epochs": 2}
     assert {"torch", "mujoco", "gymnasium"} <= set(results["versions"])
-    assert results["notebook"] == figures.notebook_hash(repository / "notebooks/00_first.ipynb")
+    assert results["notebook"] == "of what the batch runs" and results["tables"] == {}
     assert text.index('"a"') < text.index('"b"') < text.index('"overrides"')
 
 
@@ -442,14 +443,26 @@ def test_record_tells_of_the_profiles_values_and_of_edits(repository, monkeypatc
         figures.Output("smoke", "00_first")
 
 
-def test_record_names_the_notebook_as_it_was_at_the_start(repository, monkeypatch):
-    monkeypatch.setenv("DTLIB_NOTEBOOK", "00_first")
-    output = figures.Output("smoke", "00_first")
-    before = figures.notebook_hash(repository / "notebooks" / "00_first.ipynb")
-    after = figures.notebook_hash(write_notebook(repository / "notebooks", "edited while it ran"))
+def test_a_table_is_read_only_as_it_was_written(repository):
+    output, table = figures.Output("smoke", "00_first"), pd.DataFrame({"gain": [1 / 3]})
+    output.table("curve", table)
     output.record({})
-    recorded = json.loads((output.folder / "results.json").read_text())["notebook"]
-    assert recorded == before != after
+    path = output.folder / "curve.csv"
+    pd.testing.assert_frame_equal(read_table(path), table)
+    path.write_text(path.read_text().replace("0.33", "0.66"))
+    with pytest.raises(UserError, match=f"{path} cannot be read .*edited.*run its notebook again"):
+        read_table(path)
+
+
+def test_the_first_new_file_takes_away_what_tells_of_the_old_ones(repository):
+    output = figures.Output("smoke", "00_first")
+    output.table("curve", pd.DataFrame())
+    output.record({})
+    (output.folder / "figures.json").write_text("{}")
+    again = figures.Output("smoke", "00_first")  # a run that fails before it has any result
+    assert (output.folder / "results.json").exists()
+    again.table("curve", pd.DataFrame())
+    assert [path.name for path in output.folder.iterdir()] == ["curve.csv"]
 
 
 def test_the_hash_is_of_all_code_and_of_code_only(tmp_path):
@@ -489,14 +502,11 @@ def test_playing_never_overwrites_results(repository, tmp_path, monkeypatch):
     assert figures.Output("laptop", "00_first").folder == repository / "figures/mine/00_first"
     monkeypatch.chdir(repository / "notebooks")
     assert figures.Output("laptop", "99_own").hash is None  # a notebook of the reader's, anywhere
-    with monkeypatch.context() as batch:
-        batch.setenv("DTLIB_NOTEBOOK", "99_none")
-        with pytest.raises(UserError, match=r"There is no notebook .*99_none\.ipynb"):
-            figures.Output("laptop", "99_none")
     assert figures.Output("full", "00_first").folder == repository / "figures/mine/00_first"
     monkeypatch.setenv("DTLIB_FIGURES", str(tmp_path / "batch"))
     assert figures.Output("full", "00_first").folder == tmp_path / "batch/full/00_first"
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DTLIB_FIGURES")
     with pytest.raises(UserError, match="not inside the repository"):
         figures.Output("laptop", "00_first")
 

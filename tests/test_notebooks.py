@@ -85,7 +85,8 @@ def run_here(name, settings, folder):
     """Execute a notebook's cells in this process, which has imported everything."""
     (job,) = batch.plan(repository() / "notebooks", "smoke", [name], settings)
     pretrain_all(profiles.to_be_pretrained("smoke", job.values))
-    as_batch = patch.dict(os.environ, DTLIB_NOTEBOOK=job.path.stem)
+    about = {"DTLIB_NOTEBOOK": job.path.stem, "DTLIB_HASH": dtlib_figures.notebook_hash(job.path)}
+    as_batch = patch.dict(os.environ, about)
     with as_batch, in_this_process(folder) as scope:
         for cell in code_cells(job.path):
             exec(compile("".join(cell["source"]), job.path.name, "exec"), scope)

@@ -156,6 +156,37 @@ def test_digests_cannot_be_given():
         runs.RunConfig(starting_weights="0" * 16)
 
 
+def test_runs_of_other_code_are_said_when_they_are_found(own_cache, capsys, monkeypatch):
+    wish = runs.RunConfig(dataset="collected:random", dataset_steps=200, **SMALL)
+    runs.fine_tuned([wish], "cpu", 1)
+    runs.fine_tuned([wish], "cpu", 1)
+    assert "other code" not in capsys.readouterr().out
+    monkeypatch.setattr(storage, "CODE", "another")
+    runs.fine_tuned([wish], "cpu", 1)
+    said = capsys.readouterr().out
+    assert "1 of 1 runs were trained by other code or libraries, first hopper-" in said
+    assert f"(dtlib {storage.code_digest()}, now another)" in said
+
+
+def test_a_record_says_which_text_co_training_read(monkeypatch):
+    record = {"data": {"fingerprint": "f", "text": language.text_identity("python")}}
+    wish = runs.RunConfig(initialisation="language", cotraining=1.0, cotraining_corpus="python")
+    records.check_source(wish, record, "f", Path("run"))
+    monkeypatch.setattr(language.platform, "python_version", lambda: "3.11.99")
+    with pytest.raises(UserError, match="run learnt from other text than 'python' has now"):
+        records.check_source(wish, record, "f", Path("run"))
+    records.check_source(wish, {"data": {"fingerprint": "f"}}, "f", Path("run"))  # an older one
+
+
+def test_what_does_not_fit_in_memory_is_one_sentence(tmp_path):
+    shape = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 8}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "llama"}))
+    with pytest.raises(UserError, match="The blocks of this model, .* GB, do not fit in .* GB"):
+        starts.build_model(str(tmp_path), "tiny", HOPPER, 0, (0.0, 0.0, 0.0))
+    with pytest.raises(UserError, match="99999999999999 steps take .* GB of memory, this machine"):
+        collected.collect(HOPPER, "medium", 99999999999999, progress=False)
+
+
 def test_a_finished_run_is_refused_when_the_collected_data_changed(own_cache):
     wish = runs.RunConfig(dataset="collected:random", dataset_steps=200, **SMALL)
     (run,) = runs.fine_tuned([wish], "cpu", 1)
@@ -468,7 +499,7 @@ def test_another_dtlib_on_resume_is_said_and_kept(own_cache, tmp_path, monkeypat
     wish = runs.RunConfig(dataset=str(write(tmp_path / "d.hdf5", columns())), **SMALL)
     interrupted(wish, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(storage.Path, "rglob", lambda *a: [Path(__file__)])
+        patch.setattr(storage, "CODE", "another")
         run = runs.fine_tune(wish)
     assert "goes on with other code: dtlib" in capsys.readouterr().out
     versions = run.record["provenance"]["versions"]

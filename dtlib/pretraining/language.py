@@ -4,6 +4,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import platform
 import re
 import sysconfig
 import warnings
@@ -78,7 +79,7 @@ def _source(corpus: str, progress: bool) -> tuple[object, Iterator[tuple[str, st
     """What decides a corpus's text, and (source, text) of its documents."""
     if corpus in ("installed", "python"):
         packages = installed_versions() if corpus == "installed" else {}
-        identity = [sysconfig.get_python_version(), *map(" ".join, packages.items())]
+        identity = [platform.python_version(), *map(" ".join, packages.items())]
         return identity, _python_documents(packages, progress)
     if corpus and typed(corpus).is_dir():
         files = text_files(corpus)
@@ -89,6 +90,11 @@ def _source(corpus: str, progress: bool) -> tuple[object, Iterator[tuple[str, st
         return corpus, _wikitext_documents(corpus)
     known = "installed, python, wikitext-2, wikitext-103 or a folder of text files"
     raise UserError(f"Unknown corpus {corpus!r}: expected {known}.")
+
+
+def text_identity(corpus: str) -> str:
+    """Return a digest of what decides a corpus's text: versions, or the files' content."""
+    return digest(_source(corpus, False)[0])[:16]
 
 
 def text_files(corpus: str) -> list[Path]:

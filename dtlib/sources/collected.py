@@ -19,7 +19,7 @@ from dtlib.errors import UserError
 from dtlib.parallel import in_processes
 from dtlib.progress import tqdm
 from dtlib.sources.episodes import KEYS, fingerprint
-from dtlib.storage import atomic_write, cache_root, digest, locked
+from dtlib.storage import atomic_write, cache_root, digest, locked, memory
 from dtlib.tasks import Task, mujoco
 
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
@@ -66,6 +66,9 @@ def collect(task: Task, quality: str, steps: int, seed: int = 0, progress: bool 
     if steps < 1 or seed < 0:
         expected = "at least 1 step and a seed from 0"
         raise UserError(f"Cannot collect {steps} steps with seed {seed}: expected {expected}.")
+    if (size := 4 * steps * (2 * task.state_dim + task.action_dim)) > memory():
+        has = f"this machine has {memory() / 1e9:.0f} GB"
+        raise UserError(f"{steps} steps take {size / 1e9:.0f} GB of memory, {has}: collect fewer.")
     origin = {"layout": 1, "mujoco": mujoco.__version__, "gymnasium": gymnasium.__version__}
     code = digest(str(origin).encode(), *(path.read_bytes() for path in policies if path))[:8]
     out = cache_root() / "data" / f"{task.name}-{quality}-{steps}-seed{seed}-{code}.hdf5"
