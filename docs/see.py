@@ -30,7 +30,7 @@ def read(pattern: str) -> pd.DataFrame:
     tables = []
     for path in sorted(FIGURES.glob(f"*/{pattern}")):
         profile = path.relative_to(FIGURES).parts[0]
-        if profile not in ("smoke", "mine"):
+        if profile not in ("smoke", "mine") and path.with_name("results.json").exists():
             tables.append(read_table(path).assign(profile=profile))
     found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     return found.sort_values("profile", ascending=False, kind="stable") if tables else found

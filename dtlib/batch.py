@@ -29,7 +29,7 @@ from dtlib import profiles, storage
 from dtlib.compare import compare
 from dtlib.config import RunConfig
 from dtlib.errors import UserError, explained
-from dtlib.figures import code_hash
+from dtlib.figures import code_hash, notebook_hash
 from dtlib.settings import fit, parse_settings
 from dtlib.storage import cache_root, write_text
 
@@ -123,10 +123,10 @@ class _AskedFor(Exception):
     """Ends a notebook's cell once it is known which runs it asks for."""
 
 
-def asked_for(path: Path, values: dict[str, object]) -> list[RunConfig]:
+def asked_for(job: Job) -> list[RunConfig]:
     """Return the runs that a notebook first asks ``runs.fine_tuned`` for, and train none.
 
-    Executes that cell and the earlier ones that it needs, with ``values`` for the parameters.
+    Executes that cell and the earlier ones that it needs, with its values for the parameters.
     Raises UserError with what the notebook itself would say.
     """
     from dtlib import runs  # slow to import
@@ -137,19 +137,19 @@ def asked_for(path: Path, values: dict[str, object]) -> list[RunConfig]:
         found.extend(configs)
         raise _AskedFor
 
-    cells = [c for c in read_notebook(path).cells if c.cell_type == "code"]
+    cells = [c for c in job.notebook.cells if c.cell_type == "code"]
     for cell in reversed(cells):
         defined, used = _names(cell.source)
         if "runs.fine_tuned(" in cell.source:
             chosen, wanted = [cell], used  # the first such cell is the last one here
         elif defined & wanted:
             chosen, wanted = [cell, *chosen], used | wanted
-    what, advice = f"Notebook {path.stem} fails before it asks for runs", "run it to see where"
+    what, advice = f"Notebook {job.path.stem} fails before it asks for runs", "run it to see where"
     asked, quiet = contextlib.suppress(_AskedFor), contextlib.redirect_stdout(io.StringIO())
     with explained(what, advice, Exception), patch.object(runs, "fine_tuned", note), asked, quiet:
         for cell in chosen:
             exec(cell.source, scope)
-            scope.update(values if "parameters" in cell.metadata.get("tags", []) else {})
+            scope.update(job.values if "parameters" in cell.metadata.get("tags", []) else {})
     return found
 
 
@@ -185,7 +185,9 @@ def run(
     if own.is_dir() and not own.samefile(here):  # the kernels, which start in root, take own
         raise UserError(f"{sys.executable} runs {here}, not {own}: run the Python of {root} there.")
     jobs = plan(root / "notebooks", profile, notebooks, settings)
-    jobs.sort(key=lambda job: bool(_about(job.path).get("after others")))  # it reads their results
+    jobs.sort(
+        key=lambda job: bool(_about(job.notebook).get("after others"))
+    )  # it reads their results
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
     lacks = [text for text in lacks if not (elsewhere and text == profiles.NO_CARD)]
     if lacks and not only_plan:
@@ -223,7 +225,7 @@ def _costs(profile: str, jobs: list[Job], points: list, lacking: bool) -> str:
     asked, unknown = {}, []
     for job in jobs:
         try:
-            asked |= dict.fromkeys(asked_for(job.path, job.values))
+            asked |= dict.fromkeys(asked_for(job))
         except UserError as error:
             if not (lacking or points):
                 raise
@@ -238,7 +240,7 @@ def _run_one(job: Job, figures: Path) -> float:
         began, commit = time.monotonic(), commit_of(root)
         before = {file: file.stat().st_mtime_ns for file in folder.glob("*")}
         execute(job, root, folder)
-        list_figures(job.path, folder, before, commit)
+        list_figures(job.path, job.notebook, folder, before, commit)
     return time.monotonic() - began
 
 
@@ -249,11 +251,15 @@ def _side_by_side(jobs: list[Job], figures: Path, settings: list[str]) -> dict[s
     """
     from dtlib.runs import fine_tuned  # slow to import
 
-    fine_tuned([config for job in jobs for config in asked_for(job.path, job.values)])
+    fine_tuned([config for job in jobs for config in asked_for(job)])
     options = ["--figures", str(figures), *(f"--set={text}" for text in settings)]
 
     def run_one(job: Job) -> float:
         began, options_here = time.monotonic(), ["--profile", job.values["profile"], *options]
+        if notebook_hash(job.path) != code_hash(job.notebook.cells):
+            raise UserError(
+                f"Notebook {job.path.stem} changed since the batch began: run it again."
+            )
         command = [sys.executable, "-m", "dtlib", "figures", job.path.stem, *options_here]
         done = subprocess.run(command, capture_output=True, text=True, cwd=job.path.parents[1])
         if done.returncode:
@@ -261,16 +267,16 @@ def _side_by_side(jobs: list[Job], figures: Path, settings: list[str]) -> dict[s
         print(f"{job.path.stem} is done.", flush=True)
         return time.monotonic() - began
 
-    last = [job for job in jobs if _about(job.path).get("after others")]
+    last = [job for job in jobs if _about(job.notebook).get("after others")]
     first = [job for job in jobs if job not in last]
     with ThreadPoolExecutor(joblib.cpu_count()) as pool:
         seconds = [*pool.map(run_one, first), *pool.map(run_one, last)]
     return {job.path.stem: one for job, one in zip([*first, *last], seconds, strict=True)}
 
 
-def _about(path: Path) -> dict:
+def _about(notebook: NotebookNode) -> dict:
     """Return what a notebook's metadata say to the batch."""
-    return read_notebook(path).metadata.get("dtlib", {})
+    return notebook.metadata.get("dtlib", {})
 
 
 def alone(folder: Path) -> contextlib.AbstractContextManager:
@@ -342,10 +348,10 @@ def to_read(notebook: NotebookNode, root: Path) -> NotebookNode:
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
             cell.outputs = [_small(output) for output in cell.outputs if _is_shown(output)]
-            for output in cell.outputs:
-                for texts in (output, output.get("data", {})):
-                    for kind in texts.keys() & {"text", "evalue", "text/plain", "text/html"}:
-                        texts[kind] = _placeless(texts[kind], root)
+        cell.source = _placeless(cell.source, root)
+        for texts in [part for o in cell.get("outputs", []) for part in (o, o.get("data", {}))]:
+            for kind in texts.keys() & {"text", "evalue"} | {k for k in texts if k[:5] == "text/"}:
+                texts[kind] = _placeless(texts[kind], root)
     return notebook
 
 
@@ -380,7 +386,9 @@ def _small(output: NotebookNode) -> NotebookNode:
     return output
 
 
-def list_figures(path: Path, folder: Path, before: dict[Path, int], commit: str) -> None:
+def list_figures(
+    path: Path, notebook: NotebookNode, folder: Path, before: dict[Path, int], commit: str
+) -> None:
     """Write figures.json: for each figure its notebook, its cell's tag and the ``commit``.
 
     ``before``: when each earlier file was changed. Removes figures that have not changed since.
@@ -390,8 +398,7 @@ def list_figures(path: Path, folder: Path, before: dict[Path, int], commit: str)
     def is_new(file: Path) -> bool:
         return file.exists() and file.stat().st_mtime_ns != before.get(file)
 
-    notebook = read_notebook(path)
-    promised = _about(path).get("figures", [])
+    promised = _about(notebook).get("figures", [])
     files = [folder / f"{name}.{end}" for name in promised for end in ("png", "pdf", "csv")]
     for file in [*files, folder / "results.json"]:
         if not is_new(file):

@@ -34,7 +34,7 @@ SMOLLM2 = {
     "rope_theta": 100_000.0,
     "max_position_embeddings": 8192,
 }
-# The shapes of CLIP's towers, for the same; openai/clip-vit-base-patch32 has them.
+# The shapes of CLIP's two towers (openai/clip-vit-base-patch32), also for random weights.
 CLIP_TEXT = {"model_type": "clip_text_model", "num_hidden_layers": 12}
 CLIP_TEXT |= {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 CLIP_VISION = {"model_type": "clip_vision_model", "num_hidden_layers": 12}
@@ -82,7 +82,8 @@ def _check_memory(backbone: PretrainedConfig) -> None:
         size = 4 * sum(p.numel() for p in AutoModel.from_config(backbone).parameters())
     if size > memory():
         room = f"{memory() / 1e9:.0f} GB of memory"
-        raise UserError(f"The blocks of this model, {size / 1e9:.0f} GB, do not fit in {room}.")
+        what = f"The blocks of this model, {size / 1e9:.0f} GB, do not fit in {room}"
+        raise UserError(f"{what}: choose a smaller model.")
 
 
 class Tower(nn.Module):
@@ -174,14 +175,12 @@ def unpacked(folder: Path) -> Path:
 
 def load_body(model: CausalTransformer, folder: Path) -> None:
     """Copy a folder's weights, but for its word table. Raises UserError if they do not fit."""
-    from dtlib.weights import FLOATS, read_weights  # which imports this module
+    from dtlib.weights import read_weights  # which imports this module
 
     tensors = read_weights(folder)  # of the files that a run's name covers, not of others
-    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
-        what = f"{folder}: {odd[0]} is {tensors[odd[0]].dtype}, quantised"
-        raise UserError(f"{what}: give floating-point weights.")
     if isinstance(model.body, Tower):
         return _load_tower(model.body, tensors, folder)
+    _refuse_quantised(tensors, folder)
     with _said(folder):
         options = {"config": AutoConfig.from_pretrained(folder), "state_dict": tensors}
         options |= {"dtype": torch.float32, "output_loading_info": True}
@@ -200,12 +199,21 @@ def _load_tower(body: Tower, tensors: dict[str, Tensor], folder: Path) -> None:
     own = {re.sub("^(final_layer_|post_layer)norm", "norm", n): t for n, t in own.items()}
     wanted = body.state_dict()
     found = {n: t for n, t in own.items() if n.startswith(("encoder.", "norm."))}
+    _refuse_quantised(found, folder)
     wrong = [*(found.keys() ^ wanted.keys())]
     wrong += [n for n in found.keys() & wanted.keys() if found[n].shape != wanted[n].shape]
     wrong += [n for n, tensor in found.items() if not tensor.isfinite().all()]
     if wrong:
         raise _misfit(folder, wrong)
     body.load_state_dict(found)
+
+
+def _refuse_quantised(tensors: dict[str, Tensor], folder: Path) -> None:
+    from dtlib.weights import FLOATS  # which imports this module
+
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
+        what = f"{folder}: {odd[0]} is {tensors[odd[0]].dtype}, quantised"
+        raise UserError(f"{what}: give floating-point weights.")
 
 
 def _misfit(folder: Path, wrong: list[str]) -> UserError:

@@ -15,6 +15,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -33,6 +34,7 @@ with explained("Work on other machines needs Dask", INSTALL, ImportError):
     from distributed import Client
     from distributed.comm import connect
     from distributed.scheduler import KilledWorker
+    from distributed.security import Security
 
 AGAIN = "give the same command again: finished runs and epochs are kept"
 PATIENCE = 10  # seconds for the scheduler to answer
@@ -79,14 +81,21 @@ def _slurm_jobs(text: str) -> object:
 def _client(scheduler: str) -> Client:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # run_all says what is wrong
     advice = "start one with `dask scheduler`, which prints its address, as tcp://10.0.0.1:8786"
-    kinds = OSError, ValueError, MemoryError  # what else listens there may answer with anything
+    kinds = (
+        OSError,
+        ValueError,
+        TypeError,
+        MemoryError,
+    )  # what else listens there may answer with anything
     with explained(f"No Dask scheduler answers at {scheduler!r}", advice, *kinds):
-        asyncio.run(_greet(scheduler))  # a Client that fails would take another 20 s to end
+        with ThreadPoolExecutor(1) as beside:  # a notebook's own thread runs a loop already
+            beside.submit(asyncio.run, _greet(scheduler)).result()  # a failed Client waits 20 s
         return Client(scheduler, timeout=PATIENCE, set_as_default=False)
 
 
 async def _greet(scheduler: str) -> None:
-    comm = await connect(scheduler, timeout=PATIENCE)
+    security = Security().get_connection_args("client")
+    comm = await connect(scheduler, timeout=PATIENCE, **security)
     await comm.close()
 
 

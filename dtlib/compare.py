@@ -39,20 +39,23 @@ def read_table(path: Path) -> pd.DataFrame:
 
     The results.json beside it has its digest; older ones have none.
     """
-    known = read_results(path.with_name("results.json")).get("tables", {})
     with explained(f"{path} cannot be read", "run its notebook again", OSError, ValueError):
-        text = path.read_text(encoding="utf-8")
-        if known.get(path.stem, digest(text)) != digest(text):
+        if not (results := path.with_name("results.json")).exists():
+            raise ValueError("its run was interrupted")
+        known, text = read_results(results).get("tables"), path.read_text(encoding="utf-8")
+        if known is not None and known.get(path.stem) != digest(text):
             raise ValueError("it was edited, or is of another run")
         return pd.read_csv(io.StringIO(text))
 
 
 def other_settings(path: Path) -> str:
-    """Say which settings a results.json in PROFILE/NOTEBOOK has that its profile has not."""
+    """Say with which other settings than its profile's a results.json in PROFILE/NOTEBOOK ran."""
     results = read_results(path)
-    if results.get("profile") == path.parts[-3] and not results.get("overrides"):
+    profile, overrides = results.get("profile"), results.get("overrides") or {}
+    if profile == path.parts[-3] and not overrides:
         return ""
-    return f"run with profile {results.get('profile')}, {results.get('overrides')}"
+    values = [f"{name}={value!r}" for name, value in overrides.items()]
+    return f"run with {', '.join([f'profile {profile}', *values])}"
 
 
 def refusal(path: Path) -> str:

@@ -26,7 +26,7 @@ SIZES = {
     "small": (6, 384, 6),
     "gpt2": (12, 768, 12),
     "imagegpt": (24, 512, 8),
-    "smollm2": (30, 576, 9),  # of Llama's architecture: see causal.py, for the next two as well
+    "smollm2": (30, 576, 9),  # this and the next two: see causal.py
     "clip-text": (12, 512, 8),
     "clip-vision": (12, 768, 12),
 }

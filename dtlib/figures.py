@@ -160,8 +160,8 @@ def _beyond(
 ) -> None:
     """Mark where mean and interval of ``values`` leave the axis ``shown``; write their numbers.
 
-    A filled arrowhead: the mean lies there. A hollow one: only the bar reaches there. Where a start
-    is not ``alone`` in its row, its numbers have its colour, and one line.
+    A filled arrowhead: the mean lies there. A hollow one: only the bar reaches there. Where several
+    starts share a row (not ``alone``), numbers have their start's colour and stand in one line.
     """
     mean, low, high = t_interval(values)
     low, high = (mean, mean) if np.isnan(low) else (low, high)
@@ -455,7 +455,7 @@ class Output:
         self.overrides = json.loads(chosen or "{}") | (overrides or {})
         # Only a batch knows what runs; the results of another notebook are never a profile's.
         self.hash = os.environ.get("DTLIB_HASH")
-        self.tables = {}  # the digest of each csv
+        self.tables, self.begun = {}, False  # the digest of each csv; whether one was written
 
     def remembered(self, name: str, measure: Callable, runs: Iterable = ()) -> pd.DataFrame:
         """The table of ``measure()``, index 0, 1, …, kept in the cache until something changes.
@@ -514,7 +514,8 @@ class Output:
 
         So they never pass for those of this run, if it is interrupted.
         """
-        if not self.tables:
+        if not self.begun:
+            self.begun = True
             for name in ("results.json", "figures.json"):
                 (self.folder / name).unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from dtlib.errors import UserError, explained
 from dtlib.pretraining.language import text_files, text_identity
 from dtlib.sources.files import data_files
 from dtlib.starts import get_starting_point, pretrained_size, weights_folder
-from dtlib.storage import cache_root, digest, sweep_cache, typed, write_text
+from dtlib.storage import CODE, cache_root, digest, sweep_cache, typed, versions, write_text
 from dtlib.tasks import get_task
 from dtlib.weights import is_usual, weights_files
 from dtlib.wikipedia.losses import corpus_of
@@ -111,6 +111,24 @@ def check_source(config: RunConfig, record: dict, fingerprint: str, folder: Path
         raise UserError(f"{what} text than {corpus!r} has now: bring the old versions {advice}.")
 
 
+def say_other_code(found: dict[str, dict]) -> None:
+    """Print one sentence if runs, {name: record}, were trained by other code or libraries."""
+    now, other = versions() | {"dtlib": CODE}, {}
+    for name, record in found.items():
+        about = record["provenance"]
+        then = about.get("versions", {}) | about.get("begun_with", {})
+        changed = [
+            f"{key} {then[key]}, now {now.get(key)}" for key in then if then[key] != now.get(key)
+        ]
+        other |= {name: changed[0]} if changed else {}
+    if other:
+        name, changed = next(iter(other.items()))
+        print(
+            f"{len(other)} of {len(found)} runs were trained by other code or libraries, first "
+            f"{name} ({changed}). To train them again, point DTLIB_CACHE to another folder."
+        )
+
+
 def checkpoint_name(epoch: int) -> str:
     return f"epoch_{epoch:03d}.safetensors"
 
@@ -134,8 +152,7 @@ def write_record(
         "provenance": {"device": where, **how},
         "checkpoints": {name: digest(folder / name) for name in kept},
     }
-    if config.cotraining:
-        record["data"]["text"] = text_identity(corpus_of(config))
+    record["data"] |= {"text": progress["text"]} if "text" in progress else {}
     write_text(folder / "run.json", {"checksum": digest(json.dumps(record)), **record})
 
 

@@ -90,7 +90,7 @@ def fine_tuned(
 
     Each takes one core or card, or one of Dask's workers (see parallel.run_all). Ctrl-C leaves
     every run resumable from its last finished epoch. Raises UserError if the device is absent, the
-    data cannot be loaded, a training diverges, or a finished run learnt from other data.
+    data cannot be loaded, a training diverges, or a finished run learnt from other data or text.
     """
     fingerprints, folders, missing = {}, {}, []
     for config in dict.fromkeys(configs):
@@ -107,7 +107,7 @@ def fine_tuned(
     about = f"fine-tuning {len(missing)} runs"
     run_all(fine_tune, missing, steps, about, device, processes)
     runs = [Run.open(folders[config]) for config in configs]
-    _say_other_code(runs)
+    records.say_other_code({run.path.name: run.record for run in runs})
     if still := [run.path.name for run in runs if run.stands_still]:
         print(
             f"{len(still)} of {len(runs)} runs stand still: the last epoch changed no prediction, "
@@ -115,23 +115,6 @@ def fine_tuned(
             f"action_head=separate. First: {still[0]}."
         )
     return runs
-
-
-def _say_other_code(runs: list[Run]) -> None:
-    """Print one sentence if runs were trained by other code or libraries than today's."""
-    now, other = storage.versions() | {"dtlib": storage.CODE}, {}
-    for run in runs:
-        then = run.record["provenance"].get("versions", {})
-        changed = [
-            f"{name} {then[name]}, now {now[name]}" for name in then if then[name] != now[name]
-        ]
-        other |= {run.path.name: changed[0]} if changed else {}
-    if other:
-        name, changed = next(iter(other.items()))
-        print(
-            f"{len(other)} of {len(runs)} runs were trained by other code or libraries, first "
-            f"{name} ({changed}). To train them again, point DTLIB_CACHE to another folder."
-        )
 
 
 def fine_tune(
@@ -176,6 +159,7 @@ def train_run(config: RunConfig, folder: Path, device: str, on_steps: OnSteps) -
     new |= {"name": folder.name, "fingerprint": parts.trajectories.fingerprint}
     if config.cotraining:
         new["fingerprint"] += parts.further_loss.text.facts["sha256"]
+        new["text"] = records.text_identity(records.corpus_of(config))
     given = new, "metrics", config.epochs + 1, advance, on_steps
     progress = storage.resumable(folder, parts.model, parts.optimiser, *given)
     records.write_record(folder, config, found, parts, progress, device)

@@ -50,7 +50,6 @@ STARTING_POINTS = {
     # [code] The released iGPT is ImageGPT's weights in GPT-2 blocks, whose norm differs.
     "igpt": StartingPoint(hub="openai/imagegpt-small"),
     "igpt-native": StartingPoint(hub="openai/imagegpt-small", architecture="imagegpt"),
-    # Paper B's other start from vision, and what learnt to read beside it.
     "clip-vision": CLIP,
     "clip-text": replace(CLIP, tower="text"),
     # Made here and shipped at mini size: English, photographs, and two controls without a modality.

@@ -65,8 +65,8 @@ def versions() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Return a digest of dtlib's own files, as they lie there now; ``CODE``: when imported."""
-    return digest(*sorted(Path(__file__).parent.rglob("*.py")))[:12]
+    """Return a digest of dtlib's own files, as they lie there now."""
+    return digest(*sorted(filter(Path.is_file, Path(__file__).parent.rglob("*.py"))))[:12]
 
 
 def digest(*parts: Path | bytes | str | object) -> str:
@@ -92,7 +92,7 @@ def _file_digest(path: Path, changed: int, size: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-CODE = code_digest()  # of what this process runs, whatever is edited afterwards
+CODE = code_digest()  # as it was when this was imported; modules imported later may be newer
 
 
 def _here() -> str:

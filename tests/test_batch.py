@@ -529,12 +529,12 @@ def test_a_promised_figure_that_is_absent_or_old_is_an_error(repository):
     notebook, folder = repository / "notebooks" / "00_first.ipynb", repository / "figures"
     write_notebook(notebook, "", figures=["curve"], tags=["figure-curve"])
     write_figures(folder, "curve")
-    batch.list_figures(notebook, folder, {}, "")
+    batch.list_figures(notebook, batch.read_notebook(notebook), folder, {}, "")
     os.utime(folder / "curve.pdf", (10**10, 10**10))  # whatever the clock says
     before = {folder / "curve.pdf": (folder / "curve.pdf").stat().st_mtime_ns}
     for _ in range(2):
         with pytest.raises(UserError, match="did not write .*curve.pdf, which it promises"):
-            batch.list_figures(notebook, folder, before, "")
+            batch.list_figures(notebook, batch.read_notebook(notebook), folder, before, "")
         (folder / "curve.pdf").unlink(missing_ok=True)
 
 
@@ -547,7 +547,9 @@ def test_figures_name_their_cell_and_old_ones_go(repository):
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True, cwd=repository)
     subprocess.run([*git, "commit", "-qm", "a", "--allow-empty"], check=True, cwd=repository)
-    batch.list_figures(notebook, folder, before, batch.commit_of(repository))
+    batch.list_figures(
+        notebook, batch.read_notebook(notebook), folder, before, batch.commit_of(repository)
+    )
     found = json.loads((folder / "figures.json").read_text())["curve_walker2d"]
     assert found["cell"] == "figure-curve"
     assert found["commit"].endswith(", with changes")  # git does not know the notebooks
@@ -558,7 +560,7 @@ def test_figures_name_their_cell_and_old_ones_go(repository):
     assert not list(folder.glob("last_year*"))
     write_figures(folder, "curves")
     with pytest.raises(UserError, match="Notebook 00_first has no cell tagged figure-curves"):
-        batch.list_figures(notebook, folder, before, "")
+        batch.list_figures(notebook, batch.read_notebook(notebook), folder, before, "")
 
 
 def test_two_batches_write_into_one_folder_one_after_the_other(tmp_path, capsys, monkeypatch):
@@ -658,13 +660,14 @@ def write_asking(repository, *cells):
 def test_what_a_notebook_asks_for_is_known_without_training(repository, monkeypatch):
     write_asking(repository, "raise SystemExit")
     job = plan(repository, settings=["seeds=5", "size=mini"])[0]
-    asked = batch.asked_for(job.path, job.values)
+    asked = batch.asked_for(job)
     assert [(c.initialisation, c.size, c.seed) for c in asked] == [
         ("random", "mini", 5),
         ("markov-1k", "mini", 5),
     ]
     write_notebook(job.path, "raise SystemExit")
-    assert batch.asked_for(job.path, {}) == []  # it asks for nothing, so nothing of it is executed
+    job = plan(repository, wanted=["00"])[0]
+    assert batch.asked_for(job) == []  # it asks for nothing, so nothing of it is executed
 
 
 def test_a_plan_counts_the_runs_and_runs_nothing(repository, capsys, monkeypatch):

@@ -172,6 +172,10 @@ def tower(request, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "clip"
     CLIPModel(CLIP).save_pretrained(folder)
+    older = {
+        f"{part}_model.embeddings.position_ids": torch.arange(8) for part in ("text", "vision")
+    }
+    save_file(load_file(folder / "model.safetensors") | older, folder / "model.safetensors")
     return request.param, folder
 
 
@@ -243,3 +247,11 @@ def test_a_clip_folder_that_is_not_whole_is_one_sentence(tower, tmp_path):
     config.write_text(json.dumps(values | {"vision_config": None}))
     with pytest.raises(UserError, match="give a whole CLIP folder"):
         build(tmp_path / "clip")
+
+
+def test_a_folder_of_one_tower_alone_is_that_tower(tower, of_tower, tmp_path):
+    name, folder = tower
+    whole = CLIPModel.from_pretrained(folder)
+    getattr(whole, f"{name}_model").save_pretrained(tmp_path)
+    alone, tokens = build(tmp_path), torch.randn(2, 5, 32)
+    torch.testing.assert_close(alone.hidden(tokens), of_tower.hidden(tokens), rtol=0, atol=0)

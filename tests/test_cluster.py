@@ -1,5 +1,6 @@
 """Runs on Dask's workers: what is checked before, what fails, and what is said of it."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -94,13 +95,8 @@ def test_no_scheduler_is_one_sentence(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         threading.Thread(target=lambda: other.accept()[0].sendall(b"220 mail " * 9)).start()
-        for text in (
-            "tcp://127.0.0.1:9",
-            f"tcp://127.0.0.1:{port}",
-            "nonsense:",
-            "far",
-            "ftp://a:1",
-        ):
+        ours, odd = f"tcp://127.0.0.1:{port}", ("nonsense:", "far", "ftp://a:1", "tls://a:1")
+        for text in ("tcp://127.0.0.1:9", ours, *odd):
             with pytest.raises(UserError, match="No Dask scheduler answers at"):
                 cluster.connected(text).__enter__()
     before = signal.getsignal(signal.SIGINT)
@@ -110,8 +106,11 @@ def test_no_scheduler_is_one_sentence(monkeypatch):
 
 
 def test_workers_that_fit_are_taken(workers):
-    with cluster.connected(workers):
-        assert os.environ[cluster.ADDRESS] == workers
+    async def in_a_notebook():  # whose thread runs a loop
+        with cluster.connected(workers):
+            assert os.environ[cluster.ADDRESS] == workers
+
+    asyncio.run(in_a_notebook())
     assert cluster.ADDRESS not in os.environ
 
 

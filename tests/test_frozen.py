@@ -56,7 +56,7 @@ def asked_for():
             found[profile, notebook] = set(), set()
             (job,) = batch.plan(ROOT / "notebooks", profile, [notebook], {})
             with contextlib.chdir(ROOT):
-                configs = batch.asked_for(job.path, job.values)
+                configs = batch.asked_for(job)
             for config in configs:
                 try:
                     kind, name = 0, config.name(digests(config))

@@ -161,7 +161,7 @@ def test_runs_of_other_code_are_said_when_they_are_found(own_cache, capsys, monk
     runs.fine_tuned([wish], "cpu", 1)
     runs.fine_tuned([wish], "cpu", 1)
     assert "other code" not in capsys.readouterr().out
-    monkeypatch.setattr(storage, "CODE", "another")
+    monkeypatch.setattr(records, "CODE", "another")
     runs.fine_tuned([wish], "cpu", 1)
     said = capsys.readouterr().out
     assert "1 of 1 runs were trained by other code or libraries, first hopper-" in said
