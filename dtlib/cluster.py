@@ -81,12 +81,8 @@ def _slurm_jobs(text: str) -> object:
 def _client(scheduler: str) -> Client:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # run_all says what is wrong
     advice = "start one with `dask scheduler`, which prints its address, as tcp://10.0.0.1:8786"
-    kinds = (
-        OSError,
-        ValueError,
-        TypeError,
-        MemoryError,
-    )  # what else listens there may answer with anything
+    # What else listens there may answer with anything.
+    kinds = OSError, ValueError, TypeError, MemoryError
     with explained(f"No Dask scheduler answers at {scheduler!r}", advice, *kinds):
         with ThreadPoolExecutor(1) as beside:  # a notebook's own thread runs a loop already
             beside.submit(asyncio.run, _greet(scheduler)).result()  # a failed Client waits 20 s
