@@ -261,6 +261,7 @@ def test_profiles_are_written_on_their_base():
         ("own", b"base: own", "is its own base"),
         ("own", b"base: laptop\nonly: ['\xe9']", "UnicodeDecodeError"),
         ("own", b"base: laptop\ntrainng: {epochs: 1}", "trainng="),
+        ("own", b"base: laptop\ntraining: {epochs: 1, epochs: 2}", "epochs stands twice"),
         ("own", b"base: laptop\ntraining: {epoch: 1}", "epoch=1"),
         ("own", b"base: laptop\nwithout_context: {gradient_clip: 1.0}", "no 'gradient_clip'"),
         ("mine", b"base: laptop", "has the name of the folder that playing writes to"),

@@ -45,6 +45,16 @@ class _Sections(BaseModel, extra="forbid", strict=True):
     notebooks: dict[str, JsonValue] = {}
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: the first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"{twice[0]} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def load_profile(name: str, above: tuple[str, ...] = ()) -> dict:
     """Return the sections of profile ``name``, each over its base's. Raises UserError.
 
@@ -58,7 +68,7 @@ def load_profile(name: str, above: tuple[str, ...] = ()) -> dict:
         raise UserError(f"{path} {why}: give it another.")
     with explained(f"{path} is no profile", "write it like laptop.yml", OSError, ValueError):
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
             own = _Sections.model_validate(content).model_dump(exclude_unset=True)
         except (yaml.YAMLError, ValidationError) as error:
             raise ValueError(problem(error) if hasattr(error, "errors") else error) from error
