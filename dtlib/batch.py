@@ -188,6 +188,7 @@ def run(
     jobs.sort(
         key=lambda job: bool(_about(job.notebook).get("after others"))
     )  # it reads their results
+    _check_order(jobs)
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
     lacks = [text for text in lacks if not (elsewhere and text == profiles.NO_CARD)]
     if lacks and not only_plan:
@@ -216,6 +217,14 @@ def run(
         print(f"{name:<32}{value:>9.1f} s")
     print(compare(root / figures / profile))
     return seconds
+
+
+def _check_order(jobs: list[Job]) -> None:
+    """Raise UserError if a notebook would read results that others make with other settings."""
+    last = [job for job in jobs if _about(job.notebook).get("after others")]
+    if last and any(job.chosen for job in jobs if job not in last):
+        what = f"Notebook {last[0].path.stem} reads results at the profile's own settings"
+        raise UserError(f"{what}: leave out --set, or name the other notebooks alone.")
 
 
 def _costs(profile: str, jobs: list[Job], points: list, lacking: bool) -> str:
@@ -308,7 +317,8 @@ def execute(job: Job, root: Path, folder: Path) -> None:
     # The second shows progress inside a cell.
     settings |= {"progress_bar": {"desc": name}, "stderr_file": sys.stderr}
     with storage.writing(copy), storage.temporary_folder() as home:
-        write_kernel_spec(Path(home, "kernels/python3"), extra_arguments=["--log-level=CRITICAL"])
+        extra = ["--log-level=CRITICAL", "--IPKernelApp.exec_PYTHONSTARTUP=False"]
+        write_kernel_spec(Path(home, "kernels/python3"), extra_arguments=extra)
         about = {"DTLIB_FIGURES": str(folder.parents[1]), "DTLIB_OVERRIDES": json.dumps(job.chosen)}
         about |= {"DTLIB_CACHE": str(cache_root()), "JUPYTER_RUNTIME_DIR": home}
         about |= {"DTLIB_NOTEBOOK": name, "DTLIB_VALUES": job.profile_values}
@@ -407,8 +417,8 @@ def list_figures(
     found = {}
     for png in sorted(folder.glob("*.png")):
         if not is_new(png):
-            for file in folder.glob(f"{png.stem}.*"):
-                if not is_new(file):  # a figure that became a table keeps its csv
+            for file in [png.with_suffix(f".{end}") for end in ("png", "pdf", "csv")]:
+                if file.exists() and not is_new(file):  # a figure that became a table keeps its csv
                     file.unlink()
             continue
         own = [tag for tag in tags if f"figure-{png.stem}_".startswith(f"{tag}_")]

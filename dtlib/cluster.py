@@ -81,9 +81,7 @@ def _slurm_jobs(text: str) -> object:
 def _client(scheduler: str) -> Client:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # run_all says what is wrong
     advice = "start one with `dask scheduler`, which prints its address, as tcp://10.0.0.1:8786"
-    # What else listens there may answer with anything.
-    kinds = OSError, ValueError, TypeError, MemoryError
-    with explained(f"No Dask scheduler answers at {scheduler!r}", advice, *kinds):
+    with explained(f"No Dask scheduler answers at {scheduler!r}", advice, Exception):
         with ThreadPoolExecutor(1) as beside:  # a notebook's own thread runs a loop already
             beside.submit(asyncio.run, _greet(scheduler)).result()  # a failed Client waits 20 s
         return Client(scheduler, timeout=PATIENCE, set_as_default=False)
@@ -91,7 +89,11 @@ def _client(scheduler: str) -> Client:
 
 async def _greet(scheduler: str) -> None:
     security = Security().get_connection_args("client")
-    comm = await connect(scheduler, timeout=PATIENCE, **security)
+    call = connect(scheduler, timeout=PATIENCE, **security)  # which waits for a greeting for ever
+    try:
+        comm = await asyncio.wait_for(call, PATIENCE)
+    except (MemoryError, TimeoutError) as error:  # another program may answer with anything
+        raise OSError(f"no greeting of a scheduler within {PATIENCE} s") from error
     await comm.close()
 
 

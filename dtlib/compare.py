@@ -42,7 +42,7 @@ def read_table(path: Path) -> pd.DataFrame:
     with explained(f"{path} cannot be read", "run its notebook again", OSError, ValueError):
         if not (results := path.with_name("results.json")).exists():
             raise ValueError("its run was interrupted")
-        known, text = read_results(results).get("tables"), path.read_text(encoding="utf-8")
+        known, text = read_results(results).get("tables"), path.read_bytes().decode("utf-8")
         if known is not None and known.get(path.stem) != digest(text):
             raise ValueError("it was edited, or is of another run")
         return pd.read_csv(io.StringIO(text))
@@ -53,7 +53,8 @@ def other_settings(path: Path) -> str:
     results = read_results(path)
     profile, overrides = results.get("profile"), results.get("overrides") or {}
     if profile == path.parts[-3] and not overrides:
-        return ""
+        same = results.get("profile_values") in (None, values_digest(profile))
+        return "" if same else "run before the profile changed"
     values = [f"{name}={value!r}" for name, value in overrides.items()]
     return f"run with {', '.join([f'profile {profile}', *values])}"
 
@@ -95,11 +96,12 @@ def compare(folder: Path) -> str:
     for path in sorted(folder.glob("*/results.json")):
         if (text := committed(path)) is None:
             continue
+        own = read_verdicts(path)
         if path.read_text(encoding="utf-8") != text and (other := other_settings(path)):
             others.append(f"  Left out: {path.parent.name}, {other}.")
             continue
         theirs.append(read_verdicts(path, text))
-        ours.append(read_verdicts(path))
+        ours.append(own)
     if not (sum(map(len, theirs)) and sum(map(len, ours))):
         return "\n".join([f"{folder}: no verdicts of the last commit to compare with.", *others])
     here, there = pd.concat(ours), pd.concat(theirs)

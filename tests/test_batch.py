@@ -444,6 +444,17 @@ def test_a_notebook_edited_meanwhile_does_not_lend_its_hash(repository):
     assert before in executed and "edited" not in executed and notebook_hash(path) != before
 
 
+def test_a_notebook_that_reads_others_results_takes_no_other_settings(repository):
+    path = repository / "notebooks" / "02_last.ipynb"
+    write_notebook(path)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata["dtlib"]["after others"] = True
+    nbformat.write(notebook, path)
+    with pytest.raises(UserError, match="Notebook 02_last reads results at the profile's own"):
+        batch.run("laptop", ["00", "02"], ["seeds=3"])
+    assert not (repository / "figures").exists()
+
+
 def test_no_seed_and_no_task_are_refused(repository):
     for name in ("seeds", "tasks"):
         with pytest.raises(UserError, match=f"Parameter {name} is empty: notebook 00_first needs"):

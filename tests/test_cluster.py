@@ -94,9 +94,17 @@ def test_no_scheduler_is_one_sentence(monkeypatch):
     monkeypatch.setattr(cluster, "PATIENCE", 1)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        threading.Thread(target=lambda: other.accept()[0].sendall(b"220 mail " * 9)).start()
+        answers = b"220 mail " * 9, bytes(4096), b""  # the last one stays silent
+        held = []
+
+        def answer():
+            for text in answers:
+                held.append(other.accept()[0])
+                held[-1].sendall(text)
+
+        threading.Thread(target=answer, daemon=True).start()
         ours, odd = f"tcp://127.0.0.1:{port}", ("nonsense:", "far", "ftp://a:1", "tls://a:1")
-        for text in ("tcp://127.0.0.1:9", ours, *odd):
+        for text in ("tcp://127.0.0.1:9", ours, ours, ours, *odd):
             with pytest.raises(UserError, match="No Dask scheduler answers at"):
                 cluster.connected(text).__enter__()
     before = signal.getsignal(signal.SIGINT)

@@ -49,7 +49,8 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice: the first value would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key) for key, _ in node.value]
+        plain = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key) for key in plain]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise ValueError(f"{twice[0]} stands twice")
         return super().construct_mapping(node, deep)
@@ -66,7 +67,8 @@ def load_profile(name: str, above: tuple[str, ...] = ()) -> dict:
     if name in above or name == "mine":
         why = "is its own base" if above else "has the name of the folder that playing writes to"
         raise UserError(f"{path} {why}: give it another.")
-    with explained(f"{path} is no profile", "write it like laptop.yml", OSError, ValueError):
+    kinds = OSError, ValueError, TypeError
+    with explained(f"{path} is no profile", "write it like laptop.yml", *kinds):
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
             own = _Sections.model_validate(content).model_dump(exclude_unset=True)
