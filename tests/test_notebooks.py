@@ -282,7 +282,7 @@ def test_results_of_another_profile_or_of_other_values_do_not_count(tmp_path, mo
     own = dtlib_figures.Output("smoke", "00_sanity_check")
     own.values = "of another yml"
     own.record({"verdicts": []})
-    with pytest.raises(UserError, match="00_sanity_check .the notebook or the profile changed"):
+    with pytest.raises(UserError, match="00_sanity_check .run before the profile changed"):
         run_here("10", {}, tmp_path)
     own.profile = "laptop"
     own.record({"verdicts": []})
