@@ -29,9 +29,8 @@ from dtlib import profiles, storage
 from dtlib.compare import compare
 from dtlib.config import RunConfig
 from dtlib.errors import UserError, explained
-from dtlib.figures import code_hash, notebook_hash
 from dtlib.settings import fit, parse_settings
-from dtlib.storage import cache_root, write_text
+from dtlib.storage import cache_root, code_hash, notebook_hash, write_text
 
 
 class Job(NamedTuple):
@@ -185,9 +184,7 @@ def run(
     if own.is_dir() and not own.samefile(here):  # the kernels, which start in root, take own
         raise UserError(f"{sys.executable} runs {here}, not {own}: run the Python of {root} there.")
     jobs = plan(root / "notebooks", profile, notebooks, settings)
-    jobs.sort(
-        key=lambda job: bool(_about(job.notebook).get("after others"))
-    )  # it reads their results
+    jobs.sort(key=_comes_last)
     _check_order(jobs)
     lacks = [text for job in jobs for text in profiles.missing(profile, job.values)]
     lacks = [text for text in lacks if not (elsewhere and text == profiles.NO_CARD)]
@@ -219,9 +216,14 @@ def run(
     return seconds
 
 
+def _comes_last(job: Job) -> bool:
+    """Return whether a notebook reads the results of the others."""
+    return bool(_about(job.notebook).get("after others"))
+
+
 def _check_order(jobs: list[Job]) -> None:
     """Raise UserError if a notebook would read results that others make with other settings."""
-    last = [job for job in jobs if _about(job.notebook).get("after others")]
+    last = [job for job in jobs if _comes_last(job)]
     if last and any(job.chosen for job in jobs if job not in last):
         what = f"Notebook {last[0].path.stem} reads results at the profile's own settings"
         raise UserError(f"{what}: leave out --set, or name the other notebooks alone.")
@@ -276,7 +278,7 @@ def _side_by_side(jobs: list[Job], figures: Path, settings: list[str]) -> dict[s
         print(f"{job.path.stem} is done.", flush=True)
         return time.monotonic() - began
 
-    last = [job for job in jobs if _about(job.notebook).get("after others")]
+    last = [job for job in jobs if _comes_last(job)]
     first = [job for job in jobs if job not in last]
     with ThreadPoolExecutor(joblib.cpu_count()) as pool:
         seconds = [*pool.map(run_one, first), *pool.map(run_one, last)]

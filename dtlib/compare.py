@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 
 from dtlib.errors import UserError, explained
-from dtlib.figures import notebook_hash
 from dtlib.profiles import values_digest
-from dtlib.storage import digest, repository
+from dtlib.storage import digest, notebook_hash, repository
 
 KEY = ["notebook", "task", "claim", "rule", "measure"]
 NUMBERS = ["effect", "low", "high"]

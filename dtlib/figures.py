@@ -18,7 +18,7 @@ from pydantic_core import to_json
 from scipy import special
 
 from dtlib import profiles
-from dtlib.errors import UserError, explained
+from dtlib.errors import UserError
 from dtlib.layout import BARS, RoomyLog, fit_bars, framed, note
 from dtlib.storage import (
     CODE,
@@ -414,19 +414,6 @@ def alt_text(figure: plt.Figure, name: str) -> str:
 def of_task(name: str, task: str, tasks: list[str]) -> str:
     """A figure's name: ``name`` for the first of ``tasks``, ``name_task`` for the others."""
     return name if task == tasks[0] else f"{name}_{task}"
-
-
-def code_hash(cells: list[dict]) -> str:
-    """Hexadecimal SHA-256 over the sources of all code cells among a notebook's ``cells``."""
-    return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
-
-
-def notebook_hash(path: Path) -> str:
-    """Return ``code_hash`` of a notebook's file. Raises UserError for a file that is none."""
-    if not path.is_file():
-        raise UserError(f"There is no notebook {path}: give Output the name of one.")
-    with explained(f"{path} is no whole notebook", "bring it back or move it away", Exception):
-        return code_hash(json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 
 def plain(name: object) -> str:

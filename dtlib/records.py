@@ -129,6 +129,16 @@ def say_other_code(found: dict[str, dict]) -> None:
         )
 
 
+def say_still(still: list[str], count: int) -> None:
+    """Print one sentence if some of ``count`` runs, named in ``still``, stand still."""
+    if still:
+        print(
+            f"{len(still)} of {count} runs stand still: the last epoch changed no prediction, "
+            "as if every action were ±1 and the gradient 0. Try a lower learning_rate or "
+            f"action_head=separate. First: {still[0]}."
+        )
+
+
 def checkpoint_name(epoch: int) -> str:
     return f"epoch_{epoch:03d}.safetensors"
 

@@ -108,12 +108,7 @@ def fine_tuned(
     run_all(fine_tune, missing, steps, about, device, processes)
     runs = [Run.open(folders[config]) for config in configs]
     records.say_other_code({run.path.name: run.record for run in runs})
-    if still := [run.path.name for run in runs if run.stands_still]:
-        print(
-            f"{len(still)} of {len(runs)} runs stand still: the last epoch changed no prediction, "
-            "as if every action were ±1 and the gradient 0. Try a lower learning_rate or "
-            f"action_head=separate. First: {still[0]}."
-        )
+    records.say_still([run.path.name for run in runs if run.stands_still], len(runs))
     return runs
 
 

@@ -92,6 +92,19 @@ def _file_digest(path: Path, changed: int, size: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def code_hash(cells: list[dict]) -> str:
+    """Hexadecimal SHA-256 over the sources of all code cells among a notebook's ``cells``."""
+    return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+
+
+def notebook_hash(path: Path) -> str:
+    """Return ``code_hash`` of a notebook's file. Raises UserError for a file that is none."""
+    if not path.is_file():
+        raise UserError(f"There is no notebook {path}: give Output the name of one.")
+    with explained(f"{path} is no whole notebook", "bring it back or move it away", Exception):
+        return code_hash(json.loads(path.read_text(encoding="utf-8"))["cells"])
+
+
 CODE = code_digest()  # as it was when this was imported; modules imported later may be newer
 
 

@@ -21,10 +21,9 @@ from PIL import Image
 from dtlib import batch, planning, profiles
 from dtlib.config import RunConfig
 from dtlib.errors import UserError
-from dtlib.figures import notebook_hash
 from dtlib.pretraining import training as pretraining
 from dtlib.settings import parse_settings
-from dtlib.storage import cache_root, sweep
+from dtlib.storage import cache_root, notebook_hash, sweep
 from dtlib.storage import repository as find_repository
 
 PARAMETERS = """profile = "laptop"

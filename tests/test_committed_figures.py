@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dtlib.batch import find, with_links
 from dtlib.compare import read_results, read_table
-from dtlib.figures import notebook_hash
+from dtlib.storage import notebook_hash
 
 ROOT = Path(__file__).parents[1]
 # Whoever changes a notebook draws these anew: it takes minutes on any machine. The sets of other

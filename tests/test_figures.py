@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dtlib import figures, layout, profiles
+from dtlib import figures, layout, profiles, storage
 from dtlib.compare import read_results, read_table
 from dtlib.errors import UserError
 from dtlib.tasks import get_task
@@ -467,18 +467,18 @@ def test_the_first_new_file_takes_away_what_tells_of_the_old_ones(repository):
 
 def test_the_hash_is_of_all_code_and_of_code_only(tmp_path):
     known = {
-        figures.notebook_hash(write_notebook(tmp_path, *sources))
+        storage.notebook_hash(write_notebook(tmp_path, *sources))
         for sources in (["a = 1", "b"], ["a = 1", "c"], ["a = 1b"], ["a = 1"], ["b", "a = 1"])
     }
     assert len(known) == 5
     path = write_notebook(tmp_path, "a = 1\nb")
-    first = figures.notebook_hash(path)
+    first = storage.notebook_hash(path)
     content = json.loads(path.read_text())
     content["cells"][0]["source"] = "other text"
     content["cells"][1]["source"] = "a = 1\nb"  # a string for a list of lines, as nbformat allows
     content["cells"][1] |= {"outputs": [1], "execution_count": 7}
     path.write_text(json.dumps(content))
-    assert figures.notebook_hash(path) == first
+    assert storage.notebook_hash(path) == first
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_nothing_behind(repository, tmp_path, monkeypatch):

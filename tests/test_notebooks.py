@@ -21,7 +21,7 @@ from conftest import cells
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from dtlib import batch, profiles
+from dtlib import batch, profiles, storage
 from dtlib import figures as dtlib_figures
 from dtlib.errors import UserError
 from dtlib.pretraining.training import pretrain_all
@@ -85,7 +85,7 @@ def run_here(name, settings, folder):
     """Execute a notebook's cells in this process, which has imported everything."""
     (job,) = batch.plan(repository() / "notebooks", "smoke", [name], settings)
     pretrain_all(profiles.to_be_pretrained("smoke", job.values))
-    about = {"DTLIB_NOTEBOOK": job.path.stem, "DTLIB_HASH": dtlib_figures.notebook_hash(job.path)}
+    about = {"DTLIB_NOTEBOOK": job.path.stem, "DTLIB_HASH": storage.notebook_hash(job.path)}
     as_batch = patch.dict(os.environ, about)
     with as_batch, in_this_process(folder) as scope:
         for cell in code_cells(job.path):

@@ -70,7 +70,7 @@ def test_processes_keep_the_order_and_their_progress_is_shown(bars):
     assert [row[:2] for row in found] == [(3, "cpu"), (1, "cpu"), (2, "cpu")]
     workers = {pid for *_, pid in found}
     assert len(workers) == 2 and os.getpid() not in workers
-    assert bars[0].n == 6 and len(set(bars[0].seen)) > 1  # while they run, too
+    assert bars[0].n == 6 and len(set(bars[0].seen)) > 2  # while they run, too
     assert not any(psutil.pid_exists(pid) for pid in workers)
 
 
